@@ -1,0 +1,126 @@
+"""From sparse multi-scale features to a reconstructed image (HySparK, section 2.2, equations 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..geometry import Size3, as_size3
+from ..sparse import SparseLayout
+from .convolution import Conv3d
+
+
+def decoder_norm(name: str, channels: int) -> nn.Module:
+    """``"instance"`` (per sample, so that a batch equals its samples one by one) or ``"batch"`` (official release)."""
+    if name == "instance":
+        return nn.InstanceNorm3d(channels, eps=1e-5, affine=True)
+    if name == "batch":
+        return nn.BatchNorm3d(channels)
+    raise ValueError(f"decoder_norm is {name!r}; expected 'instance' or 'batch'.")
+
+
+class DoubleConv(nn.Sequential):
+    """Twice convolution, norm, ReLU: ``in_channels -> out_channels -> out_channels``."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Size3, norm: str):
+        super().__init__(
+            Conv3d(in_channels, out_channels, kernel_size),
+            decoder_norm(norm, out_channels),
+            nn.ReLU(),
+            Conv3d(out_channels, out_channels, kernel_size),
+            decoder_norm(norm, out_channels),
+            nn.ReLU(),
+        )
+
+
+class UpBlock(nn.Module):
+    """Transposed convolution with kernel = stride, then two convolutions to the next width."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Size3, kernel_size: Size3, norm: str):
+        super().__init__()
+        self.upsample = nn.ConvTranspose3d(in_channels, in_channels, stride, stride)
+        self.convs = DoubleConv(in_channels, out_channels, kernel_size, norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, in, D, H, W)`` to ``(B, out, D * stride, ...)``."""
+        return self.convs(self.upsample(x))
+
+
+class ReconstructionDecoder(nn.Module):
+    """Fills masked cells with mask tokens, projects every scale, and decodes with skip connections.
+
+    Args:
+        output_channels: image channels.
+        feature_channels: encoder widths, finest first.
+        strides: per-stage strides of the encoder, finest first.
+        kernel_sizes: per-stage kernel sizes of the decoder's convolutions, odd; the junction's projection is 1x1x1.
+        width: decoder width at the junction, halved at every finer scale.
+        fuse_finest: whether the finest scale's features are fused too, as equation 4 says; the official release
+            leaves that fusion out.
+        norm: see :func:`decoder_norm`.
+
+    Raises:
+        ValueError: if the width cannot be halved often enough.
+    """
+
+    def __init__(
+        self,
+        output_channels: int,
+        feature_channels: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        kernel_sizes: Sequence[Sequence[int]],
+        width: int,
+        fuse_finest: bool = True,
+        norm: str = "instance",
+    ):
+        super().__init__()
+        n_scales = len(feature_channels)
+        if width % 2 ** (n_scales - 1):
+            raise ValueError(
+                f"decoder_width is {width}; with {n_scales} scales it must be a multiple of {2 ** (n_scales - 1)}."
+            )
+        coarse_to_fine = list(range(n_scales - 1, -1, -1))
+        widths = [width // 2**step for step in range(n_scales)]
+        kernels = [as_size3(kernel_sizes[scale], "kernel size") for scale in coarse_to_fine]
+        channels = [feature_channels[scale] for scale in coarse_to_fine]
+        self.n_fused = n_scales if fuse_finest else n_scales - 1
+        self.mask_tokens = nn.ParameterList(
+            nn.Parameter(torch.empty(c)) for c in channels[: self.n_fused]
+        )
+        for token in self.mask_tokens:
+            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        self.projections = nn.ModuleList(
+            Conv3d(c, w, (1, 1, 1) if step == 0 else kernel)
+            for step, (c, w, kernel) in enumerate(zip(channels[: self.n_fused], widths, kernels))
+        )
+        self.up = nn.ModuleList(
+            UpBlock(wide, narrow, as_size3(strides[scale], "stride"), kernel, norm)
+            for wide, narrow, scale, kernel in zip(widths, widths[1:], coarse_to_fine, kernels[1:])
+        )
+        self.fuse = nn.ModuleList(
+            DoubleConv(2 * w, w, kernel, norm) for w, kernel in zip(widths[1 : self.n_fused], kernels[1:])
+        )
+        self.head = Conv3d(widths[-1], output_channels, (1, 1, 1))
+
+    def forward(self, features: Sequence[torch.Tensor], layout: SparseLayout) -> torch.Tensor:
+        """Reconstructs the image.
+
+        Args:
+            features: sparse features finest first, in the layout's form.
+            layout: where they lie.
+
+        Returns:
+            ``(B, output_channels, D, H, W)``.
+        """
+        projected = [
+            projection(layout.scatter(feature, token))
+            for feature, token, projection in zip(reversed(features), self.mask_tokens, self.projections)
+        ]
+        x = projected[0]
+        for step, up in enumerate(self.up):
+            x = up(x)
+            if step + 1 < self.n_fused:
+                x = self.fuse[step](torch.cat([x, projected[step + 1]], dim=1))
+        return self.head(x)

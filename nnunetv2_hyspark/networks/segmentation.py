@@ -1,0 +1,188 @@
+"""The segmentation network: the hybrid encoder on dense images and a MedNeXt decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..geometry import Size3, as_size3, volume
+from .encoder import HybridEncoder
+from .mednext import ChannelLayerNorm, MedNeXtBlock, MedNeXtStages
+from .vit import ViT
+
+
+class MedNeXtDecoder(nn.Module):
+    """Up-sampling decoder with skip connections, MedNeXt blocks and, optionally, deep supervision.
+
+    Skip features are normalised first: pre-training leaves their scale free, and a fresh decoder starts best from
+    features of unit scale.
+
+    Args:
+        encoder: gives widths, strides and the order of features.
+        num_classes: output channels of every segmentation layer.
+        widths: decoder width per skip scale, finest first.
+        kernel_sizes: per-scale kernel sizes, finest first.
+        n_blocks: MedNeXt blocks per scale.
+        expansion: expansion of these blocks.
+        deep_supervision: return one output per scale, finest first, instead of the finest alone.
+    """
+
+    def __init__(
+        self,
+        encoder: HybridEncoder,
+        num_classes: int,
+        widths: Sequence[int],
+        kernel_sizes: Sequence[Sequence[int]],
+        n_blocks: Sequence[int],
+        expansion: int,
+        deep_supervision: bool,
+    ):
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        below = encoder.feature_channels[-1]
+        self.skip_norms, self.up, self.fuse = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.stages, self.seg_layers = nn.ModuleList(), nn.ModuleList()
+        for scale in range(len(widths) - 1, -1, -1):
+            width, kernel = widths[scale], as_size3(kernel_sizes[scale], "kernel size")
+            stride = encoder.strides[scale + 1]
+            self.skip_norms.append(ChannelLayerNorm(encoder.feature_channels[scale]))
+            self.up.append(nn.ConvTranspose3d(below, width, stride, stride))
+            self.fuse.append(nn.Conv3d(width + encoder.feature_channels[scale], width, 1))
+            self.stages.append(nn.ModuleList(MedNeXtBlock(width, kernel, expansion) for _ in range(n_blocks[scale])))
+            self.seg_layers.append(nn.Conv3d(width, num_classes, 1))
+            below = width
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """Segments.
+
+        Args:
+            features: dense encoder features, finest first.
+
+        Returns:
+            Logits ``(B, num_classes, D, H, W)``, or with deep supervision a list of them, finest first, one per skip
+            scale.
+        """
+        x = features[-1]
+        outputs = []
+        skips = list(reversed(features[:-1]))
+        for step, skip in enumerate(skips):
+            x = self.fuse[step](torch.cat([self.up[step](x), self.skip_norms[step](skip)], dim=1))
+            for block in self.stages[step]:
+                x = block(x)
+            if self.deep_supervision or step == len(skips) - 1:
+                outputs.append(self.seg_layers[step](x))
+        return outputs[::-1] if self.deep_supervision else outputs[-1]
+
+
+def build_encoder(
+    input_channels: int,
+    features_per_stage: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    kernel_sizes: Sequence[Sequence[int]],
+    n_blocks_per_stage: Sequence[int],
+    expansion_per_stage: Sequence[int],
+    transformer_depth: int,
+    transformer_heads: int,
+    mlp_ratio: float,
+) -> HybridEncoder:
+    """The paper's hybrid encoder, MedNeXt and ViT, from the numbers a plan holds; depth 0 leaves the ViT out."""
+    cnn = MedNeXtStages(
+        input_channels, features_per_stage, strides, kernel_sizes, n_blocks_per_stage, expansion_per_stage
+    )
+    width = features_per_stage[-1]
+    transformer = ViT(width, transformer_depth, transformer_heads, mlp_ratio) if transformer_depth else None
+    return HybridEncoder(cnn, transformer)
+
+
+class HySparKUNet(nn.Module):
+    """Hybrid encoder and MedNeXt decoder, built from an nnU-Net plan's ``arch_kwargs``.
+
+    Follows nnU-Net's contract, so the stock ``nnUNetTrainer`` and ``nnUNetv2_predict`` can use it: the class is named
+    in the plans, ``decoder.deep_supervision`` switches the outputs, :meth:`compute_conv_feature_map_size` feeds the
+    planner.
+
+    Args:
+        input_channels: image channels.
+        num_classes: segmentation heads.
+        n_stages: stages of the encoder, the junction included.
+        features_per_stage, strides, kernel_sizes, n_blocks_per_stage, expansion_per_stage: per stage, finest first.
+        transformer_depth, transformer_heads, mlp_ratio: of the transformer; depth 0 leaves it out.
+        n_blocks_per_stage_decoder: per decoder scale, finest first (``n_stages - 1`` values).
+        expansion_decoder: expansion of the decoder's blocks.
+        deep_supervision: see :class:`MedNeXtDecoder`.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        n_stages: int,
+        features_per_stage: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        kernel_sizes: Sequence[Sequence[int]],
+        n_blocks_per_stage: Sequence[int],
+        expansion_per_stage: Sequence[int],
+        transformer_depth: int,
+        transformer_heads: int,
+        n_blocks_per_stage_decoder: Sequence[int],
+        mlp_ratio: float = 4.0,
+        expansion_decoder: int = 4,
+        deep_supervision: bool = False,
+    ):
+        super().__init__()
+        if len(features_per_stage) != n_stages:
+            raise ValueError(f"features_per_stage has {len(features_per_stage)} entries for n_stages = {n_stages}.")
+        if len(n_blocks_per_stage_decoder) != n_stages - 1:
+            raise ValueError(
+                f"n_blocks_per_stage_decoder has {len(n_blocks_per_stage_decoder)} entries; "
+                f"expected n_stages - 1 = {n_stages - 1}."
+            )
+        self.encoder = build_encoder(
+            input_channels, features_per_stage, strides, kernel_sizes, n_blocks_per_stage, expansion_per_stage,
+            transformer_depth, transformer_heads, mlp_ratio,
+        )
+        self.decoder = MedNeXtDecoder(
+            self.encoder, num_classes, features_per_stage[:-1], kernel_sizes[:-1], n_blocks_per_stage_decoder,
+            expansion_decoder, deep_supervision,
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """``(B, input_channels, D, H, W)`` to logits; see :class:`MedNeXtDecoder`."""
+        return self.decoder(self.encoder(image))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Feature map elements (channels times voxels, convolutions and linear layers) of one forward pass.
+
+        nnU-Net's planner compares this number with its reference to fit a network to a GPU.
+        """
+        return conv_feature_map_size(self, as_size3(input_size))
+
+
+def conv_feature_map_size(network: HySparKUNet, input_size: Size3) -> int:
+    """See :meth:`HySparKUNet.compute_conv_feature_map_size`; counts by shape alone, nothing is computed."""
+    encoder, decoder = network.encoder, network.decoder
+    cnn = encoder.cnn
+    elements = 0
+    voxels = volume(input_size)
+    elements += voxels * cnn.stem.out_channels
+    for stage, stride in zip(range(len(cnn.stages)), encoder.strides):
+        voxels //= volume(stride)
+        for block in cnn.stages[stage]:
+            width = block.depthwise.out_channels
+            elements += voxels * (2 * width + block.expand.out_features)
+        if stage < len(cnn.widen):
+            elements += voxels * cnn.widen[stage].out_channels
+    if encoder.transformer is not None:
+        for block in encoder.transformer.blocks:
+            elements += voxels * (block.attn.qkv.out_features + block.attn.proj.out_features)
+            elements += voxels * (block.mlp.fc1.out_features + block.mlp.fc2.out_features)
+    for step, stride in enumerate(reversed(encoder.strides[1:])):
+        voxels *= volume(stride)
+        elements += voxels * (decoder.up[step].out_channels + decoder.fuse[step].out_channels)
+        for block in decoder.stages[step]:
+            elements += voxels * (2 * block.depthwise.out_channels + block.expand.out_features)
+        if decoder.deep_supervision or step == len(decoder.up) - 1:
+            elements += voxels * decoder.seg_layers[step].out_channels
+    return elements

@@ -1,0 +1,156 @@
+"""HySparK: hybrid sparse masking (Tang et al., MICCAI 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..geometry import Size3, as_size3, divide
+from ..masking import random_visible
+from ..networks.encoder import HybridEncoder
+from ..networks.reconstruction import ReconstructionDecoder
+from ..sparse import BlockLayout, SparseLayout
+
+
+@dataclass(frozen=True)
+class HySparKConfig:
+    """Hyperparameters of HySparK pre-training. Defaults are the paper's where it gives one."""
+
+    mask_ratio: float = field(
+        default=0.75, metadata={"range": (0.0, 1.0), "open": True, "help": "fraction of junction cells that are hidden"}
+    )
+    decoder_width: int = field(
+        default=0,
+        metadata={"range": (0, 4096), "help": "channels of the reconstruction decoder at the junction, halved per "
+                  "scale; 0: the junction's width, rounded up to be divisible"},
+    )
+    fuse_finest: bool = field(
+        default=True, metadata={"help": "fuse the finest scale too (equation 4); the official release does not"}
+    )
+    decoder_norm: str = field(
+        default="instance", metadata={"choices": ("instance", "batch"), "help": "norm of the reconstruction decoder"}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"range": (0.0, 1.0), "open": True, "help": "AdamW, peak"})
+    weight_decay: float = field(default=0.05, metadata={"range": (0.0, 1.0), "help": "AdamW, matrices only"})
+    warmup_epochs: float = field(
+        default=10.0, metadata={"range": (0.0, 1e6), "help": "linear warm-up, epochs; at most a tenth of the run is used"}
+    )
+    epochs: int = field(default=1000, metadata={"range": (1, 10**7), "help": "epochs of iterations_per_epoch steps"})
+    iterations_per_epoch: int = field(default=250, metadata={"range": (1, 10**7), "help": "optimizer steps per epoch"})
+    val_iterations_per_epoch: int = field(
+        default=50, metadata={"range": (1, 10**7), "help": "validation batches per epoch"}
+    )
+    gradient_clip: float = field(default=5.0, metadata={"range": (0.0, 1e9), "open": True, "help": "largest norm"})
+    flip_axes: tuple[int, ...] = field(
+        default=(0, 1, 2), metadata={"choices": (0, 1, 2), "help": "axes that are flipped at random"}
+    )
+    batch_size: int = field(default=0, metadata={"range": (0, 4096), "help": "crops per step; 0: the plan's"})
+    save_every: int = field(default=25, metadata={"range": (1, 10**6), "help": "epochs between checkpoint_latest"})
+    seed: int = field(default=0, metadata={"range": (0, 2**31 - 1), "help": "of initialisation, crops and masks"})
+
+
+def patchify(image: torch.Tensor, cell: Size3) -> torch.Tensor:
+    """Cuts an image into junction cells.
+
+    Args:
+        image: ``(B, C, D, H, W)``.
+        cell: voxels per cell and axis.
+
+    Returns:
+        ``(B, g0, g1, g2, C, v)`` with ``v`` voxels per cell.
+    """
+    batch_size, channels = image.shape[:2]
+    (g0, g1, g2), (s0, s1, s2) = divide(as_size3(image.shape[2:]), cell, "image of size"), cell
+    cells = image.reshape(batch_size, channels, g0, s0, g1, s1, g2, s2).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return cells.reshape(batch_size, g0, g1, g2, channels, s0 * s1 * s2)
+
+
+def unpatchify(cells: torch.Tensor, cell: Size3) -> torch.Tensor:
+    """Inverse of :func:`patchify`."""
+    batch_size, g0, g1, g2, channels, _ = cells.shape
+    (s0, s1, s2) = cell
+    image = cells.reshape(batch_size, g0, g1, g2, channels, s0, s1, s2).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return image.reshape(batch_size, channels, g0 * s0, g1 * s1, g2 * s2)
+
+
+def cell_statistics(cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, ``sqrt(unbiased variance + 1e-6)``, over the voxels of each cell and channel."""
+    mean = cells.mean(-1, keepdim=True)
+    return mean, (cells.var(-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
+
+
+def reconstruction_loss(image: torch.Tensor, reconstruction: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Mean squared error on masked cells against targets normalised per cell and channel (section 2.3).
+
+    Args:
+        image: ``(B, C, D, H, W)``.
+        reconstruction: same shape.
+        visible: boolean ``(B, g0, g1, g2)``.
+
+    Returns:
+        Scalar, float32: the error averaged over the voxels and channels of a cell, then over all masked cells.
+    """
+    cell = divide(as_size3(image.shape[2:]), as_size3(visible.shape[1:]), "image of size")
+    masked = ~visible
+    target = patchify(image.float(), cell)[masked]
+    mean, std = cell_statistics(target)
+    prediction = patchify(reconstruction.float(), cell)[masked]
+    return (prediction - (target - mean) / std).square().mean(-1).mean()
+
+
+def denormalise(image: torch.Tensor, reconstruction: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Brings a prediction to the image's intensities with each cell's own statistics, and keeps visible cells.
+
+    Only for looking at: the statistics are the hidden cells' true ones.
+
+    Returns:
+        ``(B, C, D, H, W)``, float32.
+    """
+    cell = divide(as_size3(image.shape[2:]), as_size3(visible.shape[1:]), "image of size")
+    target = patchify(image.float(), cell)
+    mean, std = cell_statistics(target)
+    filled = patchify(reconstruction.float(), cell) * std + mean
+    return unpatchify(torch.where(visible[..., None, None], target, filled), cell)
+
+
+class HySparK(nn.Module):
+    """Masks junction cells, encodes the visible ones, reconstructs the image.
+
+    Args:
+        encoder: hybrid encoder; runs on visible blocks only.
+        reconstruction: decoder with mask tokens and projections.
+        layout: how masked input is computed: :class:`BlockLayout`, or :class:`DenseMaskLayout` for reference.
+    """
+
+    def __init__(
+        self,
+        encoder: HybridEncoder,
+        reconstruction: ReconstructionDecoder,
+        layout: type[SparseLayout] = BlockLayout,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.reconstruction = reconstruction
+        self.layout = layout
+
+    def draw_mask(
+        self, batch_size: int, image_size: Sequence[int], mask_ratio: float, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Random visible cells ``(B, g0, g1, g2)`` for images of this size; see :func:`random_visible`."""
+        return random_visible(batch_size, self.encoder.grid(image_size), mask_ratio, generator)
+
+    def forward(self, image: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Reconstructs images from their visible cells.
+
+        Args:
+            image: ``(B, C, D, H, W)``; masked voxels do not influence the result.
+            visible: boolean ``(B, g0, g1, g2)``, True at visible cells.
+
+        Returns:
+            ``(B, C, D, H, W)``, in units of each cell's standard deviation around its mean.
+        """
+        layout = self.layout(visible)
+        return self.reconstruction(self.encoder(layout.gather(image), layout), layout)

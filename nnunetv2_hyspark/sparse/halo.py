@@ -1,0 +1,92 @@
+"""Index tables that attach a halo of neighbouring voxels to every visible block.
+
+A block feature map ``(n, C, s0, s1, s2)`` in channels-last memory is a table of ``n * s0 * s1 * s2`` rows of C numbers.
+A halo is one gather from that table. Where the neighbour is masked or outside the volume, the row is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..geometry import Size3
+
+
+@dataclass(frozen=True)
+class HaloTable:
+    """Gather table for one block shape and one halo radius.
+
+    Attributes:
+        source: int64 ``(n * p0 * p1 * p2,)``, row of the block table for every voxel of the padded blocks,
+            ``p = s + 2 * radius``; 0 where there is no source.
+        empty: int64 ``(m,)``, the padded rows that have no source and must be zero.
+        padded: edge lengths ``(p0, p1, p2)``.
+    """
+
+    source: torch.Tensor
+    empty: torch.Tensor
+    padded: Size3
+
+
+def neighbour_blocks(cells: torch.Tensor, batch_size: int, grid: Size3, reach: Size3) -> torch.Tensor:
+    """Index of the visible block at every cell offset within ``reach``.
+
+    Args:
+        cells: int64 ``(n, 4)``: sample and cell coordinates ``(b, g0, g1, g2)`` of every visible block.
+        batch_size: number of samples.
+        grid: cells per axis.
+        reach: how many cells to look in either direction per axis.
+
+    Returns:
+        int64 ``(n, 2*reach0+1, 2*reach1+1, 2*reach2+1)``; -1 where the neighbour is masked or outside.
+    """
+    padded = [g + 2 * r for g, r in zip(grid, reach)]
+    lookup = torch.full((batch_size, *padded), -1, dtype=torch.long, device=cells.device)
+    b, i, j, k = cells.unbind(1)
+    lookup[b, i + reach[0], j + reach[1], k + reach[2]] = torch.arange(len(cells), device=cells.device)
+    offsets = [torch.arange(2 * r + 1, device=cells.device) for r in reach]
+    return lookup[
+        b[:, None, None, None],
+        i[:, None, None, None] + offsets[0][None, :, None, None],
+        j[:, None, None, None] + offsets[1][None, None, :, None],
+        k[:, None, None, None] + offsets[2][None, None, None, :],
+    ]
+
+
+def halo_table(cells: torch.Tensor, batch_size: int, grid: Size3, block: Size3, radius: Size3) -> HaloTable:
+    """Builds the gather table for blocks of shape ``block`` and a halo of ``radius`` voxels per side.
+
+    Works for any radius, also one that is larger than a block.
+    """
+    device = cells.device
+    reach = tuple(-(-r // s) for r, s in zip(radius, block))
+    neighbours = neighbour_blocks(cells, batch_size, grid, (reach[0], reach[1], reach[2]))
+    cell_offset, local = [], []
+    for s, r, far in zip(block, radius, reach):
+        position = torch.arange(-r, s + r, device=device)
+        cell_offset.append(torch.div(position, s, rounding_mode="floor") + far)
+        local.append(position % s)
+    source_block = neighbours[:, cell_offset[0]][:, :, cell_offset[1]][:, :, :, cell_offset[2]]
+    local_row = (local[0][:, None, None] * block[1] + local[1][None, :, None]) * block[2] + local[2][None, None, :]
+    rows = source_block * (block[0] * block[1] * block[2]) + local_row
+    missing = source_block < 0
+    rows = rows.masked_fill(missing, 0).flatten()
+    padded = (block[0] + 2 * radius[0], block[1] + 2 * radius[1], block[2] + 2 * radius[2])
+    return HaloTable(rows, missing.flatten().nonzero().squeeze(1), padded)
+
+
+def attach_halo(blocks: torch.Tensor, table: HaloTable) -> torch.Tensor:
+    """Returns blocks with their halo.
+
+    Args:
+        blocks: ``(n, C, s0, s1, s2)``, best in ``torch.channels_last_3d`` memory (then no copy is made first).
+        table: made for this block shape.
+
+    Returns:
+        ``(n, C, p0, p1, p2)`` in channels-last memory.
+    """
+    n, channels = blocks.shape[:2]
+    rows = blocks.permute(0, 2, 3, 4, 1).reshape(-1, channels)
+    padded = rows.index_select(0, table.source).index_fill(0, table.empty, 0)
+    return padded.view(n, *table.padded, channels).permute(0, 4, 1, 2, 3)

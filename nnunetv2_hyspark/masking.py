@@ -27,9 +27,10 @@ def count_visible(grid: Size3, mask_ratio: float) -> int:
     visible = round((1.0 - mask_ratio) * cells)
     if visible == 0 or visible == cells:
         state = "no visible" if visible == 0 else "no masked"
+        usable = f"a ratio between {1 / cells:.4f} and {1 - 1 / cells:.4f}, or " if cells > 1 else ""
         raise ValueError(
             f"mask_ratio {mask_ratio} leaves {state} cell on a grid of {grid[0]}x{grid[1]}x{grid[2]} cells; "
-            f"use a ratio between {0.5 / cells:.3g} and {1 - 0.5 / cells:.3g}, or a larger patch."
+            f"use {usable}a larger patch."
         )
     return visible
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -112,7 +112,13 @@ class HySparKUNet(nn.Module):
         n_blocks_per_stage_decoder: per decoder scale, finest first (``n_stages - 1`` values).
         expansion_decoder: expansion of the decoder's blocks.
         deep_supervision: see :class:`MedNeXtDecoder`.
+
+    Attributes:
+        hyspark_load_pretrained: who loads ``-pretrained_weights`` in place of nnU-Net, given the file's name; a trainer
+            of ours sets it, the start-up hook calls it.
     """
+
+    hyspark_load_pretrained: Callable[[str], None] | None = None
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,13 +27,13 @@ class ArchitectureConfig:
     junction_width: int = field(
         default=0,
         metadata={"range": (0, 4096), "help": "channels of the junction and the transformer, a multiple of 6; "
-                  "0: the next stage's width, at most 12 x base_width, rounded up to a multiple of 3 x head_width"},
+                  "0: the next stage's width, at most 12 x base_width, rounded up to suit 6 and head_width"},
     )
     features_per_stage: tuple[int, ...] = field(default=(), metadata={"help": "widths, overrides the two above"})
     n_blocks_per_stage: tuple[int, ...] = field(default=(), metadata={"help": "default 1, 1, 3, ..., 3, 1"})
     expansion_per_stage: tuple[int, ...] = field(default=(), metadata={"help": "default 2, 4, ..., 4, 2"})
     transformer_depth: int = field(default=3, metadata={"range": (0, 48), "help": "ViT blocks; 0 leaves the ViT out"})
-    head_width: int = field(default=32, metadata={"range": (2, 256), "help": "channels per attention head, even"})
+    head_width: int = field(default=32, metadata={"range": (2, 256), "help": "channels per attention head"})
     mlp_ratio: float = field(default=4.0, metadata={"range": (0.5, 16.0), "help": "ViT MLP width over token width"})
     n_blocks_decoder: int = field(
         default=1, metadata={"range": (1, 8), "help": "MedNeXt blocks per scale of the segmentation decoder"}
@@ -79,7 +80,8 @@ def derive_arch_kwargs(
     """
     n = stages_to_junction(strides, config.max_stride)
     widths = [config.base_width * 2**stage for stage in range(n)]
-    widths[-1] = config.junction_width or round_up(min(widths[-1], 12 * config.base_width), 3 * config.head_width)
+    unit = math.lcm(6, config.head_width)
+    widths[-1] = config.junction_width or round_up(min(widths[-1], 12 * config.base_width), unit)
     features = list(config.features_per_stage) or widths
     middle = max(n - 3, 0)
     blocks = list(config.n_blocks_per_stage) or [1, 1, *[3] * middle, 1][-n:]
@@ -92,10 +94,10 @@ def derive_arch_kwargs(
                 f"{name} has {len(values)} values {values}; this plan's encoder has {n} stages up to total stride "
                 f"{config.max_stride}, so give {n} values or none."
             )
-    if config.transformer_depth and (features[-1] % 6 or features[-1] % config.head_width):
+    if config.transformer_depth and features[-1] % unit:
         raise ValueError(
             f"the junction is {features[-1]} channels wide; the transformer needs a multiple of 6 and of "
-            f"head_width {config.head_width}, for example {round_up(features[-1], 3 * config.head_width)}."
+            f"head_width {config.head_width}, for example {round_up(features[-1], unit)}."
         )
     return {
         "n_stages": n,

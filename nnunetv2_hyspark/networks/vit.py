@@ -79,9 +79,11 @@ class ViT(nn.Module):
             ``(B, N, width)``.
         """
         tokens = tokens + sincos_position_embedding(cell, grid, tokens.shape[-1]).to(tokens.dtype)
-        attend = None if padding is None else ~padding[:, None, None, :]
+        bias = None
+        if padding is not None:  # added to the scores: timm adds a mask as it is where fused attention is off
+            bias = torch.zeros_like(padding, dtype=tokens.dtype).masked_fill(padding, -torch.inf)[:, None, None, :]
         for block in self.blocks:
-            tokens = block(tokens, attn_mask=attend)
+            tokens = block(tokens, attn_mask=bias)
         return self.norm(tokens)
 
 

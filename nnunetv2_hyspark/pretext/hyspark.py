@@ -25,7 +25,7 @@ class HySparKConfig:
     decoder_width: int = field(
         default=0,
         metadata={"range": (0, 4096), "help": "channels of the reconstruction decoder at the junction, halved per "
-                  "scale; 0: the junction's width, rounded up to be divisible"},
+                  "scale; 0: so that the finest scale has three quarters of the first CNN stage's channels"},
     )
     fuse_finest: bool = field(
         default=True, metadata={"help": "fuse the finest scale too (equation 4); the official release does not"}
@@ -36,7 +36,8 @@ class HySparKConfig:
     learning_rate: float = field(default=1e-4, metadata={"range": (0.0, 1.0), "open": True, "help": "AdamW, peak"})
     weight_decay: float = field(default=0.05, metadata={"range": (0.0, 1.0), "help": "AdamW, matrices only"})
     warmup_epochs: float = field(
-        default=10.0, metadata={"range": (0.0, 1e6), "help": "linear warm-up, epochs; at most a tenth of the run is used"}
+        default=10.0,
+        metadata={"range": (0.0, 1e6), "help": "linear warm-up, epochs; at most a tenth of the run is used"},
     )
     epochs: int = field(default=1000, metadata={"range": (1, 10**7), "help": "epochs of iterations_per_epoch steps"})
     iterations_per_epoch: int = field(default=250, metadata={"range": (1, 10**7), "help": "optimizer steps per epoch"})
@@ -82,6 +83,11 @@ def cell_statistics(cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (cells.var(-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
 
 
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Promotes integers and half precision to float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def reconstruction_loss(image: torch.Tensor, reconstruction: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     """Mean squared error on masked cells against targets normalised per cell and channel (section 2.3).
 
@@ -91,13 +97,14 @@ def reconstruction_loss(image: torch.Tensor, reconstruction: torch.Tensor, visib
         visible: boolean ``(B, g0, g1, g2)``.
 
     Returns:
-        Scalar, float32: the error averaged over the voxels and channels of a cell, then over all masked cells.
+        Scalar, float32 or better: the error averaged over the voxels and channels of a cell, then over all masked
+        cells.
     """
     cell = divide(as_size3(image.shape[2:]), as_size3(visible.shape[1:]), "image of size")
     masked = ~visible
-    target = patchify(image.float(), cell)[masked]
+    target = patchify(_at_least_float32(image), cell)[masked]
     mean, std = cell_statistics(target)
-    prediction = patchify(reconstruction.float(), cell)[masked]
+    prediction = patchify(_at_least_float32(reconstruction), cell)[masked]
     return (prediction - (target - mean) / std).square().mean(-1).mean()
 
 
@@ -107,12 +114,12 @@ def denormalise(image: torch.Tensor, reconstruction: torch.Tensor, visible: torc
     Only for looking at: the statistics are the hidden cells' true ones.
 
     Returns:
-        ``(B, C, D, H, W)``, float32.
+        ``(B, C, D, H, W)``, float32 or better.
     """
     cell = divide(as_size3(image.shape[2:]), as_size3(visible.shape[1:]), "image of size")
-    target = patchify(image.float(), cell)
+    target = patchify(_at_least_float32(image), cell)
     mean, std = cell_statistics(target)
-    filled = patchify(reconstruction.float(), cell) * std + mean
+    filled = patchify(_at_least_float32(reconstruction), cell) * std + mean
     return unpatchify(torch.where(visible[..., None, None], target, filled), cell)
 
 

@@ -92,7 +92,7 @@ class BlockLayout:
         (s0, s1, s2) = divide(as_size3(dense.shape[2:]), self.grid, "map of size")
         cells = dense.reshape(batch_size, channels, g0, s0, g1, s1, g2, s2).permute(0, 2, 4, 6, 3, 5, 7, 1)
         b, i, j, k = self.cells.unbind(1)
-        return cells[b, i, j, k].permute(0, 4, 1, 2, 3)
+        return cells[b, i, j, k].contiguous().permute(0, 4, 1, 2, 3)
 
     def scatter(self, sparse: torch.Tensor, fill: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`SparseLayout`. The dense map is in channels-last memory."""
@@ -134,7 +134,9 @@ class BlockLayout:
     def to_tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """See :class:`SparseLayout`; a block must be one voxel here."""
         if tuple(x.shape[2:]) != (1, 1, 1):
-            raise ValueError(f"blocks are {tuple(x.shape[2:])} voxels; tokens need blocks of one voxel, at the junction.")
+            raise ValueError(
+                f"blocks are {tuple(x.shape[2:])} voxels; tokens need blocks of one voxel, at the junction."
+            )
         channels = x.shape[1]
         rows = x.reshape(-1, channels)
         flat = (self.cells[:, 1] * self.grid[1] + self.cells[:, 2]) * self.grid[2] + self.cells[:, 3]
@@ -167,5 +169,6 @@ def check_visible(visible: torch.Tensor) -> None:
     """Raises ValueError unless ``visible`` is a boolean ``(B, g0, g1, g2)`` tensor."""
     if visible.ndim != 4 or visible.dtype != torch.bool:
         raise ValueError(
-            f"the mask is {visible.dtype} of shape {tuple(visible.shape)}; expected torch.bool of shape (B, g0, g1, g2)."
+            f"the mask is {visible.dtype} of shape {tuple(visible.shape)}; "
+            f"expected torch.bool of shape (B, g0, g1, g2)."
         )

@@ -1,0 +1,95 @@
+"""Preprocessed images of nnU-Net, opened without their labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+
+
+def find_image(folder: str | os.PathLike[str], identifier: str) -> Path:
+    """The file that holds a preprocessed image, in any of nnU-Net's formats (b2nd, npy, npz).
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    for ending in (".b2nd", ".npy", ".npz"):
+        path = Path(folder) / f"{identifier}{ending}"
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"case {identifier} has no preprocessed image in {folder}; expected {identifier}.b2nd or .npz, "
+        f"so run nnUNetv2_preprocess again for this configuration."
+    )
+
+
+def open_image(path: Path) -> Any:
+    """Opens an image ``(C, D, H, W)`` lazily: only what is sliced from it is read and decompressed.
+
+    Raises:
+        ValueError: if the file is damaged; the message names it.
+    """
+    try:
+        if path.suffix == ".b2nd":
+            return blosc2.open(
+                urlpath=str(path), mode="r", dparams={"nthreads": 1}, **({} if os.name == "nt" else {"mmap_mode": "r"})
+            )
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r")
+        return np.load(path)["data"]
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not readable ({type(error).__name__}: {error}); it may be damaged, so delete it and run "
+            f"nnUNetv2_preprocess again."
+        ) from error
+
+
+def read_crop(path: Path, corner: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """Reads a box of an image; what lies outside the image is zero, as in nnU-Net.
+
+    Args:
+        path: preprocessed image.
+        corner: first voxel, may be negative.
+        size: voxels per axis.
+
+    Returns:
+        float32 ``(C, *size)``.
+
+    Raises:
+        ValueError: if the file is damaged or the box holds NaN or infinite voxels; the message names case and file.
+    """
+    image = open_image(path)
+    box = [[start, start + edge] for start, edge in zip(corner, size)]
+    try:
+        crop = crop_and_pad_nd(image, box, 0)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run nnUNetv2_preprocess again.") from error
+    crop = np.ascontiguousarray(crop, dtype=np.float32)
+    if not np.isfinite(crop).all():
+        bad = int((~np.isfinite(crop)).sum())
+        raise ValueError(
+            f"case {path.stem} holds {bad} NaN or infinite voxels in {path}; expected finite intensities, so repair "
+            f"or remove the original image and run nnUNetv2_preprocess again."
+        )
+    return crop
+
+
+def image_shape(path: Path) -> tuple[int, int, int]:
+    """Voxels per axis of an image."""
+    shape = open_image(path).shape
+    return int(shape[1]), int(shape[2]), int(shape[3])
+
+
+def random_corner(shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """Uniformly random first voxel of a box inside an image; along axes shorter than the box the image lies anywhere
+    inside it."""
+    corner = []
+    for extent, edge in zip(shape, size):
+        low, high = min(0, extent - edge), max(0, extent - edge)
+        corner.append(int(rng.integers(low, high + 1)))
+    return corner

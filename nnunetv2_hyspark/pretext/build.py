@@ -1,0 +1,63 @@
+"""A pre-training network for a plan's segmentation network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..networks.encoder import HybridEncoder
+from ..networks.reconstruction import ReconstructionDecoder
+from ..networks.segmentation import build_encoder
+from ..sparse import BlockLayout, SparseLayout
+from .hyspark import HySparK, HySparKConfig
+
+
+def default_decoder_width(encoder: HybridEncoder) -> int:
+    """Junction width of the reconstruction decoder that makes its finest scale three quarters of the first CNN stage.
+
+    That is 384 for the paper's encoder, its junction's width; it keeps the full-resolution convolutions, the most
+    expensive part of a step, in proportion for encoders with fewer or narrower stages.
+    """
+    finest = max(round(0.75 * encoder.cnn.stem.out_channels), 1)
+    return finest * 2 ** (len(encoder.feature_channels) - 1)
+
+
+def build_hyspark(
+    input_channels: int,
+    arch_kwargs: Mapping[str, Any],
+    config: HySparKConfig,
+    layout: type[SparseLayout] = BlockLayout,
+) -> HySparK:
+    """The encoder of a segmentation network, with a reconstruction decoder.
+
+    Args:
+        input_channels: image channels.
+        arch_kwargs: of :class:`nnunetv2_hyspark.networks.segmentation.HySparKUNet`.
+        config: decoder width, fusion and norm.
+        layout: how masked input is computed.
+
+    Raises:
+        ValueError: if the decoder's width does not fit the number of scales.
+    """
+    encoder = build_encoder(
+        input_channels,
+        arch_kwargs["features_per_stage"],
+        arch_kwargs["strides"],
+        arch_kwargs["kernel_sizes"],
+        arch_kwargs["n_blocks_per_stage"],
+        arch_kwargs["expansion_per_stage"],
+        arch_kwargs["transformer_depth"],
+        arch_kwargs["transformer_heads"],
+        arch_kwargs.get("mlp_ratio", 4.0),
+    )
+    width = config.decoder_width or default_decoder_width(encoder)
+    decoder = ReconstructionDecoder(
+        input_channels,
+        encoder.feature_channels,
+        encoder.strides,
+        arch_kwargs["kernel_sizes"],
+        width,
+        config.fuse_finest,
+        config.decoder_norm,
+    )
+    return HySparK(encoder, decoder, layout)

@@ -1,0 +1,1 @@
+"""What the trainers share: settings, schedules, checkpoints, logging, pictures and validation by reconstruction."""

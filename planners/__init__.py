@@ -1,0 +1,1 @@
+"""nnU-Net experiment planners of HySparK, installed as `nnunetv2_hyspark.planners`."""

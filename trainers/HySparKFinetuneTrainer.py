@@ -1,0 +1,103 @@
+"""Supervised training of the hybrid network, from pre-trained weights or from scratch."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from nnunetv2.utilities.helpers import dummy_context
+
+from nnunetv2_hyspark.training.finetuning import parameter_groups
+from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
+from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
+from nnunetv2_hyspark.transfer.loading import load_pretrained_encoder
+
+
+class HySparKFinetuneTrainer(HySparKTrainer):
+    """Fine-tunes a pre-trained encoder: ``-pretrained_weights .../checkpoint_final.pth``.
+
+    AdamW with warm-up; nnU-Net's loss, deep supervision, augmentation, validation and prediction.
+    """
+
+    stage = "finetuning"
+    needs_weights = True
+
+    def initialize(self) -> None:
+        """nnU-Net's; ``-pretrained_weights`` is handed to HySparK's loader by the start-up hook."""
+        super().initialize()
+        self.weights_were_loaded = False
+        unwrap(self.network).hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
+
+    def load_pretrained(self, filename: str) -> None:
+        """Loads the encoder of a checkpoint and logs what was loaded, adapted and skipped."""
+        report = load_pretrained_encoder(unwrap(self.network), filename)
+        self.weights_were_loaded = True
+        self.print_to_log_file(report.table(), add_timestamp=False)
+
+    def on_train_start(self) -> None:
+        """nnU-Net's, after a word on missing weights."""
+        super().on_train_start()
+        if self.needs_weights and self.current_epoch == 0 and not self.weights_were_loaded:
+            self.print_to_log_file(
+                "NOTE: HySparK's loader was not asked for pre-trained weights. Without -pretrained_weights this run "
+                "trains from scratch; HySparKScratchTrainer says so in its name."
+            )
+
+    def configure_optimizers(self):
+        """AdamW with warm-up and cosine; see :class:`nnunetv2_hyspark.training.finetuning.FinetuningConfig`."""
+        options = self.settings.finetuning
+        groups = parameter_groups(unwrap(self.network), options)
+        optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
+        schedule = WarmupCosineSchedule(
+            optimizer, options.learning_rate, self.num_epochs, options.warmup_epochs, self.num_iterations_per_epoch,
+            options.frozen_epochs,
+        )
+        for group in groups:
+            count = sum(p.numel() for p in group["params"])
+            self.print_to_log_file(
+                f"{group['name']}: {count:,} parameters, peak rate {options.learning_rate * group['lr_scale']:g}, "
+                f"weight decay {group['weight_decay']:g}",
+                add_timestamp=False,
+            )
+        return optimizer, schedule
+
+    def on_train_epoch_start(self) -> None:
+        """nnU-Net's; counts steps for the schedule and logs the decoder's rate."""
+        self.network.train()
+        self.step_in_epoch = 0
+        self.lr_scheduler.step(self.current_epoch)
+        rates = {group.get("name", "all"): group["lr"] for group in self.optimizer.param_groups}
+        self.print_to_log_file("")
+        self.print_to_log_file(f"Epoch {self.current_epoch}")
+        self.print_to_log_file("Current learning rate:", ", ".join(f"{n} {r:.3g}" for n, r in rates.items()))
+        self.logger.log("lrs", max(rates.values()), self.current_epoch)
+
+    def train_step(self, batch: dict) -> dict:
+        """One step on a labelled batch."""
+        self.lr_scheduler.set_step(self.current_epoch * self.num_iterations_per_epoch + self.step_in_epoch)
+        self.step_in_epoch += 1
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"]
+        if isinstance(target, list):
+            target = [t.to(self.device, non_blocking=True) for t in target]
+        else:
+            target = target.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            loss = self.loss(self.network(data), target)
+        self.backward_and_step(loss, self.settings.finetuning.gradient_clip)
+        return {"loss": np.asarray(loss.detach().cpu())}
+
+
+class HySparKScratchTrainer(HySparKFinetuneTrainer):
+    """The same network and schedule without weights: the fair baseline."""
+
+    needs_weights = False
+
+    def load_pretrained(self, filename: str) -> None:
+        """Refuses: this trainer is the baseline without pre-training."""
+        raise ValueError(
+            f"HySparKScratchTrainer trains from scratch, but -pretrained_weights {filename} was given; "
+            f"use -tr HySparKFinetuneTrainer."
+        )

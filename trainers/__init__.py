@@ -1,0 +1,1 @@
+"""nnU-Net trainers of HySparK, installed as `nnunetv2_hyspark.trainers`."""

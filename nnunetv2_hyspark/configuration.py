@@ -40,7 +40,9 @@ def parse_environment(text: str) -> dict[str, Any]:
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{ENVIRONMENT_VARIABLE} is not valid JSON ({error}); give an object or key=value,key=value.") from None
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE} is not valid JSON ({error}); give an object or key=value,key=value."
+            ) from None
     values: dict[str, Any] = {}
     for pair in re.split(r",(?=\s*[\w.]+\s*=)", text):
         key, equals, value = pair.partition("=")

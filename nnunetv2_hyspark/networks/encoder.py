@@ -16,6 +16,8 @@ from .vit import ViT
 class StagedCNN(Protocol):
     """What the hybrid encoder needs of a CNN."""
 
+    input_channels: int
+    finest_channels: int
     strides: list[Size3]
     skip_channels: list[int]
     out_channels: int
@@ -35,6 +37,7 @@ class HybridEncoder(nn.Module):
         transformer: runs on junction tokens; None makes the encoder a plain CNN (then pre-training is SparK).
 
     Attributes:
+        input_channels: image channels.
         strides: per-stage strides, finest first.
         junction_stride: voxels per junction cell ``(D, H, W)``.
         feature_channels: widths of the returned features, finest first.
@@ -44,6 +47,7 @@ class HybridEncoder(nn.Module):
         super().__init__()
         self.cnn = cnn
         self.transformer = transformer
+        self.input_channels = cnn.input_channels
         self.strides: list[Size3] = list(cnn.strides)
         self.junction_stride: Size3 = cumulative_strides(cnn.strides)[-1]
         self.feature_channels: list[int] = [*cnn.skip_channels, cnn.out_channels]

@@ -47,6 +47,19 @@ class MedNeXtBlock(nn.Module):
         return x + voxels.permute(0, 4, 1, 2, 3)
 
 
+class MedNeXtStage(nn.ModuleList):
+    """MedNeXt blocks of one resolution, one after another."""
+
+    def __init__(self, channels: int, kernel_size: Size3, n_blocks: int, expansion: int):
+        super().__init__(MedNeXtBlock(channels, kernel_size, expansion) for _ in range(n_blocks))
+
+    def forward(self, x: torch.Tensor, layout: SparseLayout | None = None) -> torch.Tensor:
+        """``(B, C, D, H, W)``, or the layout's own form, to the same shape."""
+        for block in self:
+            x = block(x, layout)
+        return x
+
+
 class MedNeXtStages(nn.Module):
     """The CNN of HySparK: a stem, and per stage MedNeXt blocks followed by a convolution to the next width.
 
@@ -62,6 +75,7 @@ class MedNeXtStages(nn.Module):
         expansion_per_stage: expansion of these blocks.
 
     Attributes:
+        finest_channels: width of the first stage.
         skip_channels: widths of the skip features, finest first.
         out_channels: width of the junction.
     """
@@ -94,12 +108,14 @@ class MedNeXtStages(nn.Module):
         widths = list(features_per_stage)
         self.stem = Conv3d(input_channels, widths[0], kernels[0])
         self.stages = nn.ModuleList(
-            nn.ModuleList(MedNeXtBlock(width, kernel, expansion) for _ in range(blocks))
+            MedNeXtStage(width, kernel, blocks, expansion)
             for width, kernel, blocks, expansion in zip(widths, kernels, n_blocks_per_stage, expansion_per_stage)
         )
         self.widen = nn.ModuleList(
             Conv3d(narrow, wide, kernel) for narrow, wide, kernel in zip(widths, widths[1:], kernels)
         )
+        self.input_channels = input_channels
+        self.finest_channels = widths[0]
         self.skip_channels = widths[1:]
         self.out_channels = widths[-1]
 
@@ -108,11 +124,7 @@ class MedNeXtStages(nn.Module):
         x = self.stem(x, layout)
         features = []
         for stage, widen, stride in zip(self.stages, self.widen, self.strides[1:]):
-            for block in stage:
-                x = block(x, layout)
-            skip = widen(x, layout)
+            skip = widen(stage(x, layout), layout)
             features.append(skip)
             x = max_pool3d(skip, stride, layout)
-        for block in self.stages[-1]:
-            x = block(x, layout)
-        return [*features, x]
+        return [*features, self.stages[-1](x, layout)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from ..geometry import Size3, as_size3, volume
+from ..geometry import Size3, as_size3
 from .encoder import HybridEncoder
-from .mednext import ChannelLayerNorm, MedNeXtBlock, MedNeXtStages
+from .mednext import ChannelLayerNorm, MedNeXtStage, MedNeXtStages
 from .vit import ViT
 
 
@@ -50,7 +51,7 @@ class MedNeXtDecoder(nn.Module):
             self.skip_norms.append(ChannelLayerNorm(encoder.feature_channels[scale]))
             self.up.append(nn.ConvTranspose3d(below, width, stride, stride))
             self.fuse.append(nn.Conv3d(width + encoder.feature_channels[scale], width, 1))
-            self.stages.append(nn.ModuleList(MedNeXtBlock(width, kernel, expansion) for _ in range(n_blocks[scale])))
+            self.stages.append(MedNeXtStage(width, kernel, n_blocks[scale], expansion))
             self.seg_layers.append(nn.Conv3d(width, num_classes, 1))
             below = width
 
@@ -69,8 +70,7 @@ class MedNeXtDecoder(nn.Module):
         skips = list(reversed(features[:-1]))
         for step, skip in enumerate(skips):
             x = self.fuse[step](torch.cat([self.up[step](x), self.skip_norms[step](skip)], dim=1))
-            for block in self.stages[step]:
-                x = block(x)
+            x = self.stages[step](x)
             if self.deep_supervision or step == len(skips) - 1:
                 outputs.append(self.seg_layers[step](x))
         return outputs[::-1] if self.deep_supervision else outputs[-1]
@@ -167,28 +167,18 @@ class HySparKUNet(nn.Module):
 
 
 def conv_feature_map_size(network: HySparKUNet, input_size: Size3) -> int:
-    """See :meth:`HySparKUNet.compute_conv_feature_map_size`; counts by shape alone, nothing is computed."""
-    encoder, decoder = network.encoder, network.decoder
-    cnn = encoder.cnn
+    """See :meth:`HySparKUNet.compute_conv_feature_map_size`; runs on shapes alone, without memory or arithmetic."""
+    shapes_only = copy.deepcopy(network).to("meta")
     elements = 0
-    voxels = volume(input_size)
-    elements += voxels * cnn.stem.out_channels
-    for stage, stride in zip(range(len(cnn.stages)), encoder.strides):
-        voxels //= volume(stride)
-        for block in cnn.stages[stage]:
-            width = block.depthwise.out_channels
-            elements += voxels * (2 * width + block.expand.out_features)
-        if stage < len(cnn.widen):
-            elements += voxels * cnn.widen[stage].out_channels
-    if encoder.transformer is not None:
-        for block in encoder.transformer.blocks:
-            elements += voxels * (block.attn.qkv.out_features + block.attn.proj.out_features)
-            elements += voxels * (block.mlp.fc1.out_features + block.mlp.fc2.out_features)
-    for step, stride in enumerate(reversed(encoder.strides[1:])):
-        voxels *= volume(stride)
-        elements += voxels * (decoder.up[step].out_channels + decoder.fuse[step].out_channels)
-        for block in decoder.stages[step]:
-            elements += voxels * (2 * block.depthwise.out_channels + block.expand.out_features)
-        if decoder.deep_supervision or step == len(decoder.up) - 1:
-            elements += voxels * decoder.seg_layers[step].out_channels
+
+    def count(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal elements
+        elements += output.numel()
+
+    for module in shapes_only.modules():
+        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d, nn.Linear)):
+            module.register_forward_hook(count)
+    channels = shapes_only.encoder.input_channels
+    with torch.no_grad():
+        shapes_only(torch.empty(1, channels, *input_size, device="meta"))
     return elements

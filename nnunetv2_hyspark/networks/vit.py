@@ -42,6 +42,13 @@ def sincos_position_embedding(
     return torch.cat(parts, dim=-1).float()
 
 
+class TokenLayerNorm(nn.LayerNorm):
+    """LayerNorm with the eps of ViT, 1e-6."""
+
+    def __init__(self, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        super().__init__(width, eps=1e-6, device=device, dtype=dtype)
+
+
 class ViT(nn.Module):
     """Pre-norm transformer blocks with query-key-value bias and a final LayerNorm.
 
@@ -60,9 +67,9 @@ class ViT(nn.Module):
                 f"the width must be divisible by 6 (positions) and by the number of heads."
             )
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=_layer_norm) for _ in range(depth)
+            Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=TokenLayerNorm) for _ in range(depth)
         )
-        self.norm = _layer_norm(width)
+        self.norm = TokenLayerNorm(width)
 
     def forward(
         self, tokens: torch.Tensor, cell: torch.Tensor, grid: Size3, padding: torch.Tensor | None = None
@@ -85,7 +92,3 @@ class ViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, attn_mask=bias)
         return self.norm(tokens)
-
-
-def _layer_norm(width: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6, device=device, dtype=dtype)

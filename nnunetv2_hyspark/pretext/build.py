@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from ..networks.encoder import HybridEncoder
 from ..networks.reconstruction import ReconstructionDecoder
@@ -18,7 +20,7 @@ def default_decoder_width(encoder: HybridEncoder) -> int:
     That is 384 for the paper's encoder, its junction's width; it keeps the full-resolution convolutions, the most
     expensive part of a step, in proportion for encoders with fewer or narrower stages.
     """
-    finest = max(round(0.75 * encoder.cnn.stem.out_channels), 1)
+    finest = max(round(0.75 * encoder.cnn.finest_channels), 1)
     return finest * 2 ** (len(encoder.feature_channels) - 1)
 
 
@@ -26,7 +28,7 @@ def build_hyspark(
     input_channels: int,
     arch_kwargs: Mapping[str, Any],
     config: HySparKConfig,
-    layout: type[SparseLayout] = BlockLayout,
+    layout: Callable[[torch.Tensor], SparseLayout] = BlockLayout,
 ) -> HySparK:
     """The encoder of a segmentation network, with a reconstruction decoder.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -136,7 +136,7 @@ class HySparK(nn.Module):
         self,
         encoder: HybridEncoder,
         reconstruction: ReconstructionDecoder,
-        layout: type[SparseLayout] = BlockLayout,
+        layout: Callable[[torch.Tensor], SparseLayout] = BlockLayout,
     ):
         super().__init__()
         self.encoder = encoder

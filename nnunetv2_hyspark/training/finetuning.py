@@ -26,7 +26,8 @@ class FinetuningConfig:
     )
     weight_decay: float = field(default=0.05, metadata={"range": (0.0, 1.0), "help": "AdamW, matrices only"})
     warmup_epochs: float = field(
-        default=10.0, metadata={"range": (0.0, 1e6), "help": "linear warm-up, epochs; at most a tenth of the run is used"}
+        default=10.0,
+        metadata={"range": (0.0, 1e6), "help": "linear warm-up, epochs; at most a tenth of the run is used"},
     )
     epochs: int = field(default=1000, metadata={"range": (1, 10**7), "help": "epochs of iterations_per_epoch steps"})
     iterations_per_epoch: int = field(default=250, metadata={"range": (1, 10**7), "help": "optimizer steps per epoch"})

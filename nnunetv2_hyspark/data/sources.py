@@ -124,7 +124,10 @@ def find_cases(
 
 def _drop_repeats(pile: Pile) -> None:
     """The same files through two sources (a folder and a folder inside it) are one case."""
-    pile.cases = list({case.place: case for case in reversed(pile.cases)}.values())[::-1]
+    first: dict[str, Case] = {}
+    for case in pile.cases:
+        first.setdefault(case.place, case)
+    pile.cases = list(first.values())
 
 
 def _drop_excluded(pile: Pile, patterns: tuple[str, ...]) -> None:

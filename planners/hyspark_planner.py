@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
-from nnunetv2_hyspark.networks.topology import ArchitectureConfig, architecture_of
+from nnunetv2_hyspark.networks.topology import architecture_of
+from nnunetv2_hyspark.training.settings import resolve_settings
 
 
 class HySparKPlanner(ExperimentPlanner):
     """Plans ``nnUNetHySparKPlans``: nnU-Net's spacing, patch and batch size, HySparK's network for 3D configurations.
 
     The patch is divisible by nnU-Net's own strides, of which the hybrid network uses the first; so it is divisible by
-    the network's strides. Preprocessed data of the plain nnU-Net plans are shared, since they are the same.
+    the network's strides. Preprocessed data of the plain nnU-Net plans are shared, since they are the same. Architecture
+    settings in the variable ``nnUNet_hyspark`` go into the plans.
     """
 
     def __init__(
@@ -40,5 +42,6 @@ class HySparKPlanner(ExperimentPlanner):
             spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
         )
         if len(plan["patch_size"]) == 3:
-            plan["architecture"] = architecture_of(plan, ArchitectureConfig())
+            settings = resolve_settings({}, data_identifier, "pretraining")
+            plan["architecture"] = architecture_of(plan, settings.architecture)
         return plan

@@ -41,7 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--folder", default="hyspark_demo", help="where everything goes (default: ./hyspark_demo)")
     parser.add_argument("--short", action="store_true", help="fewer steps: shows that it runs, not that it learns")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     parser.set_defaults(run=run)
 
 
@@ -104,30 +106,104 @@ def run(options: argparse.Namespace) -> None:
     def nnunet(log: Path, *command: str, epochs: int = 0) -> None:
         run_and_show(command, environment, log, epochs)
 
-    pretrained = results / f"Dataset{PILE_ID:03d}_Pile" / f"HySparKPretrainTrainer__{PLANS}__{CONFIGURATION}" / "fold_all"
+    pretrained = (
+        results / f"Dataset{PILE_ID:03d}_Pile" / f"HySparKPretrainTrainer__{PLANS}__{CONFIGURATION}" / "fold_all"
+    )
     tuned = results / f"Dataset{LABELLED_ID:03d}_Phantoms" / f"HySparKFinetuneTrainer__{PLANS}__{CONFIGURATION}"
     test = raw / f"Dataset{LABELLED_ID:03d}_Phantoms"
     predictions = folder / "predictions"
     pile, labelled, fold = str(PILE_ID), str(LABELLED_ID), "0"
-    nnunet(step(1, "Make an nnU-Net data set from the pile of scans"),
-           "hyspark", "prepare", "-d", pile, "-n", "Pile", "--from", str(folder / "pile" / "scans"))
-    nnunet(step(2, "Plan and preprocess the pile"),
-           "nnUNetv2_plan_and_preprocess", "-d", pile, "-pl", "HySparKPlanner", "-c", CONFIGURATION)
-    nnunet(step(3, "Pre-train: hide three quarters of each scan, reconstruct them"),
-           "nnUNetv2_train", pile, CONFIGURATION, "all", "-tr", "HySparKPretrainTrainer", "-p", PLANS,
-           "-device", device, epochs=size.pretraining_epochs)
-    nnunet(step(4, "Plan and preprocess the labelled data set"),
-           "nnUNetv2_plan_and_preprocess", "-d", labelled, "-pl", "HySparKPlanner", "-c", CONFIGURATION)
-    nnunet(step(5, "Fine-tune the pre-trained encoder"),
-           "nnUNetv2_train", labelled, CONFIGURATION, fold, "-tr", "HySparKFinetuneTrainer", "-p", PLANS,
-           "-pretrained_weights", str(pretrained / "checkpoint_final.pth"), "-device", device,
-           epochs=size.finetuning_epochs)
-    nnunet(step(6, "Predict the test scans"),
-           "nnUNetv2_predict", "-d", labelled, "-tr", "HySparKFinetuneTrainer", "-p", PLANS, "-c", CONFIGURATION,
-           "-f", fold, "-i", str(test / "imagesTs"), "-o", str(predictions), "-device", device)
-    nnunet(step(7, "Evaluate"),
-           "nnUNetv2_evaluate_folder", str(test / "labelsTs"), str(predictions),
-           "-djfile", str(tuned / "dataset.json"), "-pfile", str(tuned / "plans.json"))
+    nnunet(
+        step(1, "Make an nnU-Net data set from the pile of scans"),
+        "hyspark",
+        "prepare",
+        "-d",
+        pile,
+        "-n",
+        "Pile",
+        "--from",
+        str(folder / "pile" / "scans"),
+    )
+    nnunet(
+        step(2, "Plan and preprocess the pile"),
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        pile,
+        "-pl",
+        "HySparKPlanner",
+        "-c",
+        CONFIGURATION,
+    )
+    nnunet(
+        step(3, "Pre-train: hide three quarters of each scan, reconstruct them"),
+        "nnUNetv2_train",
+        pile,
+        CONFIGURATION,
+        "all",
+        "-tr",
+        "HySparKPretrainTrainer",
+        "-p",
+        PLANS,
+        "-device",
+        device,
+        epochs=size.pretraining_epochs,
+    )
+    nnunet(
+        step(4, "Plan and preprocess the labelled data set"),
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        labelled,
+        "-pl",
+        "HySparKPlanner",
+        "-c",
+        CONFIGURATION,
+    )
+    nnunet(
+        step(5, "Fine-tune the pre-trained encoder"),
+        "nnUNetv2_train",
+        labelled,
+        CONFIGURATION,
+        fold,
+        "-tr",
+        "HySparKFinetuneTrainer",
+        "-p",
+        PLANS,
+        "-pretrained_weights",
+        str(pretrained / "checkpoint_final.pth"),
+        "-device",
+        device,
+        epochs=size.finetuning_epochs,
+    )
+    nnunet(
+        step(6, "Predict the test scans"),
+        "nnUNetv2_predict",
+        "-d",
+        labelled,
+        "-tr",
+        "HySparKFinetuneTrainer",
+        "-p",
+        PLANS,
+        "-c",
+        CONFIGURATION,
+        "-f",
+        fold,
+        "-i",
+        str(test / "imagesTs"),
+        "-o",
+        str(predictions),
+        "-device",
+        device,
+    )
+    nnunet(
+        step(7, "Evaluate"),
+        "nnUNetv2_evaluate_folder",
+        str(test / "labelsTs"),
+        str(predictions),
+        "-djfile",
+        str(tuned / "dataset.json"),
+        "-pfile",
+        str(tuned / "plans.json"),
+    )
 
     summary = json.loads((predictions / "summary.json").read_text(encoding="utf-8"))
     print(f"\n[8/8] Results after {perf_counter() - start:.0f} s")
@@ -144,6 +220,6 @@ def run(options: argparse.Namespace) -> None:
         f"  nnUNetv2_train 900 {CONFIGURATION} all -tr HySparKPretrainTrainer -p {PLANS}\n"
         f"  nnUNetv2_plan_and_preprocess -d LABELLED -pl HySparKPlanner -c {CONFIGURATION}\n"
         f"  nnUNetv2_train LABELLED {CONFIGURATION} 0 -tr HySparKFinetuneTrainer -p {PLANS} \\\n"
-        f"      -pretrained_weights .../HySparKPretrainTrainer__{PLANS}__{CONFIGURATION}/fold_all/checkpoint_final.pth\n"
+        f"      -pretrained_weights {pretrained.relative_to(results)}/checkpoint_final.pth\n"
         f"  nnUNetv2_predict -d LABELLED -tr HySparKFinetuneTrainer -p {PLANS} -c {CONFIGURATION} -f 0 -i IN -o OUT"
     )

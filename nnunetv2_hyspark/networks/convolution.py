@@ -18,12 +18,18 @@ class Conv3d(nn.Conv3d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Size3, stride: Size3 = (1, 1, 1), groups: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size3,
+        stride: Size3 = (1, 1, 1),
+        groups: int = 1,
+        bias: bool = True,
     ):
         if any(k % 2 == 0 for k in kernel_size):
             raise ValueError(f"kernel size is {kernel_size}; same padding needs odd sizes on every axis.")
         padding = (kernel_size[0] // 2, kernel_size[1] // 2, kernel_size[2] // 2)
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
 
     def forward(self, x: torch.Tensor, layout: SparseLayout | None = None) -> torch.Tensor:
         """``(B, C, D, H, W)``, or the layout's own form."""

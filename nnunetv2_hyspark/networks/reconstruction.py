@@ -10,42 +10,74 @@ from torch import nn
 from ..geometry import Size3, as_size3
 from ..sparse import SparseLayout
 from .convolution import Conv3d
+from .normalization import BatchNorm3d, InstanceNorm3d
+from .phase_convolution import phases_pay, upsample_conv3d
 
 
 def decoder_norm(name: str, channels: int) -> nn.Module:
     """``"instance"`` (per sample, so that a batch equals its samples one by one) or ``"batch"`` (official release)."""
     if name == "instance":
-        return nn.InstanceNorm3d(channels, eps=1e-5, affine=True)
+        return InstanceNorm3d(channels)
     if name == "batch":
-        return nn.BatchNorm3d(channels)
+        return BatchNorm3d(channels)
     raise ValueError(f"decoder_norm is {name!r}; expected 'instance' or 'batch'.")
 
 
 class DoubleConv(nn.Sequential):
-    """Twice convolution, norm, ReLU: ``in_channels -> out_channels -> out_channels``."""
+    """Twice convolution, norm, ReLU: ``in_channels -> out_channels -> out_channels``.
+
+    A norm removes the bias before it, so there is none; only with batch norm, for the official release's weights.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Size3, norm: str):
+        bias = norm == "batch"
         super().__init__(
-            Conv3d(in_channels, out_channels, kernel_size),
+            Conv3d(in_channels, out_channels, kernel_size, bias=bias),
             decoder_norm(norm, out_channels),
-            nn.ReLU(),
-            Conv3d(out_channels, out_channels, kernel_size),
+            nn.ReLU(inplace=True),
+            Conv3d(out_channels, out_channels, kernel_size, bias=bias),
             decoder_norm(norm, out_channels),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
+
+    @property
+    def first(self) -> nn.Conv3d:
+        """The first convolution."""
+        layer = self[0]
+        if not isinstance(layer, nn.Conv3d):
+            raise TypeError(f"the first layer is a {type(layer).__name__}; expected a convolution.")
+        return layer
+
+    def after_first(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything behind the first convolution, given that convolution's result."""
+        for layer in list(self)[1:]:
+            x = layer(x)
+        return x
 
 
 class UpBlock(nn.Module):
-    """Transposed convolution with kernel = stride, then two convolutions to the next width."""
+    """Transposed convolution with kernel = stride, then two convolutions to the next width.
+
+    Where it costs less, the transposed and the first convolution are computed as one, phase by phase.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: Size3, kernel_size: Size3, norm: str):
         super().__init__()
+        self.stride, self.kernel_size = stride, kernel_size
         self.upsample = nn.ConvTranspose3d(in_channels, in_channels, stride, stride)
         self.convs = DoubleConv(in_channels, out_channels, kernel_size, norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, in, D, H, W)`` to ``(B, out, D * stride, ...)``."""
-        return self.convs(self.upsample(x))
+        if not phases_pay(x.numel() // x.shape[1], self.stride, self.kernel_size, x.shape[1]):
+            return self.convs(self.upsample(x))
+        return self.convs.after_first(self._merged(x))
+
+    def _merged(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.upsample
+        up_bias = x.new_zeros(up.out_channels) if up.bias is None else up.bias
+        first = self.convs.first
+        return upsample_conv3d(x, up.weight, up_bias, first.weight, first.bias, self.stride)
 
 
 class ReconstructionDecoder(nn.Module):

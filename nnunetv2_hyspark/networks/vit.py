@@ -43,10 +43,10 @@ def sincos_position_embedding(
 
 
 class TokenLayerNorm(nn.LayerNorm):
-    """LayerNorm with the eps of ViT, 1e-6."""
+    """LayerNorm with the official release's eps of 1e-5."""
 
     def __init__(self, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
-        super().__init__(width, eps=1e-6, device=device, dtype=dtype)
+        super().__init__(width, eps=1e-5, device=device, dtype=dtype)
 
 
 class ViT(nn.Module):

@@ -1,0 +1,154 @@
+"""Real MR: plan, pre-train, fine-tune, predict, share and ensemble with nnU-Net's own commands and our plans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+pytestmark = pytest.mark.slow
+
+DATASET, PLANS, LABELS = "Dataset004_Hippo", "nnUNetHySparKPlans", {"background": 0, "Anterior": 1, "Posterior": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(workspace, shared_data: Path):
+    """A pre-trained and a fine-tuned network on six cases."""
+    source = shared_data / "data" / "hippocampus"
+    splits = json.loads((source / "splits.json").read_text())
+    workspace.add_dataset(source, 4, "Hippo", splits["train_labelled"][:6], splits["val"][:2], "MRI", LABELS)
+    workspace.run(
+        "nnUNetv2_plan_and_preprocess", "-d", 4, "-pl", "HySparKPlanner", "-c", "3d_fullres", "-np", 2, "-npfp", 2
+    )
+    train = ("nnUNetv2_train", 4, "3d_fullres")
+    workspace.run(*train, "all", "-tr", "HySparKPretrainTrainer", "-p", PLANS, "-device", "cpu")
+    weights = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, "all") / "checkpoint_final.pth"
+    log = workspace.run(
+        *train, 0, "-tr", "HySparKFinetuneTrainer", "-p", PLANS, "-device", "cpu", "-pretrained_weights", weights
+    )
+    return workspace, log
+
+
+def test_pretraining_learns_and_leaves_what_a_user_looks_for(trained):
+    workspace, _ = trained
+    output = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, "all")
+    log = torch.load(output / "checkpoint_final.pth", weights_only=True)["logging"]
+    assert len(log["train_losses"]) == 3
+    assert log["train_losses"][-1] < log["train_losses"][0] - 0.02
+    assert log["val_losses"][-1] < log["val_losses"][0]
+    assert (output / "checkpoint_best.pth").is_file() and (output / "progress.png").is_file()
+    summary = json.loads((output / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 6
+    assert all(0 < case["loss"] < 2 for case in summary["metric_per_case"])
+    assert all((output / "validation" / case["picture"]).is_file() for case in summary["metric_per_case"])
+
+
+def test_fine_tuning_reports_the_load_and_starts_from_the_encoder(trained):
+    _, log = trained
+    rows = [line.split() for line in log.splitlines() if line.startswith("encoder.")]
+    assert {row[0] for row in rows} == {
+        "encoder.cnn.stem",
+        "encoder.cnn.stages",
+        "encoder.cnn.widen",
+        "encoder.transformer",
+    }
+    assert {row[1] for row in rows} == {"loaded"}
+    assert "Mean Validation Dice" in log
+
+
+def predict(workspace, output: Path, *extra) -> list[Path]:
+    images = workspace.raw / DATASET / "imagesTs"
+    command = ("nnUNetv2_predict", "-d", 4, "-tr", "HySparKFinetuneTrainer", "-p", PLANS, "-c", "3d_fullres", "-f", 0)
+    workspace.run(*command, "-i", images, "-o", output, "-device", "cpu", *extra)
+    return sorted(output.glob("*.nii.gz"))
+
+
+def test_predictions_have_the_images_geometry_and_survive_sharing_and_ensembling(trained, tmp_path: Path):
+    workspace, _ = trained
+    first = predict(workspace, tmp_path / "first", "--save_probabilities")
+    assert len(first) == 2
+    for file in first:
+        image = sitk.ReadImage(str(workspace.raw / DATASET / "imagesTs" / file.name.replace(".nii.gz", "_0000.nii.gz")))
+        prediction = sitk.ReadImage(str(file))
+        assert prediction.GetSize() == image.GetSize()
+        assert np.allclose(prediction.GetSpacing(), image.GetSpacing())
+        assert np.allclose(prediction.GetOrigin(), image.GetOrigin())
+        assert np.allclose(prediction.GetDirection(), image.GetDirection())
+
+    archive = tmp_path / "model.zip"
+    workspace.run(
+        "nnUNetv2_export_model_to_zip",
+        "-d",
+        4,
+        "-tr",
+        "HySparKFinetuneTrainer",
+        "-p",
+        PLANS,
+        "-c",
+        "3d_fullres",
+        "-f",
+        0,
+        "-o",
+        archive,
+    )
+    elsewhere = type(workspace)(tmp_path / "elsewhere", settings="")
+    elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", archive)
+    elsewhere.run(
+        "nnUNetv2_predict",
+        "-d",
+        DATASET,
+        "-tr",
+        "HySparKFinetuneTrainer",
+        "-p",
+        PLANS,
+        "-c",
+        "3d_fullres",
+        "-f",
+        0,
+        "-i",
+        workspace.raw / DATASET / "imagesTs",
+        "-o",
+        tmp_path / "second",
+        "-device",
+        "cpu",
+        "--save_probabilities",
+    )
+    workspace.run("nnUNetv2_ensemble", "-i", tmp_path / "first", tmp_path / "second", "-o", tmp_path / "both", "-np", 2)
+    for file in first:
+        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        for folder in ("second", "both"):
+            np.testing.assert_array_equal(
+                sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / folder / file.name))), expected
+            )
+
+
+def test_continue_validate_and_no_checkpoints(trained):
+    """--c goes on after a longer run is asked for, --val runs validation alone, --disable_checkpointing writes none."""
+    workspace, _ = trained
+    command = ("nnUNetv2_train", 4, "3d_fullres", 1, "-tr", "HySparKPretrainTrainer", "-p", PLANS, "-device", "cpu")
+    output = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, 1)
+    short = workspace.settings.replace("pretraining.epochs=3", "pretraining.epochs=1")
+    workspace.run(*command, "--disable_checkpointing", settings=short)
+    assert not list(output.glob("*.pth"))
+    workspace.run(*command, settings=short)
+    longer = workspace.run(*command, "--c", settings=workspace.settings.replace("epochs=3", "epochs=2"))
+    assert "Epoch 1" in longer and "Epoch 0\n" not in longer
+    (output / "validation" / "summary.json").unlink()
+    validated = workspace.run(*command, "--val", settings=short)
+    assert "Epoch " not in validated.replace("Epoch time", "")
+    assert (output / "validation" / "summary.json").is_file()
+
+
+def test_the_baseline_trains_from_scratch_and_refuses_weights(trained):
+    workspace, _ = trained
+    command = ("nnUNetv2_train", 4, "3d_fullres", 1, "-tr", "HySparKScratchTrainer", "-p", PLANS, "-device", "cpu")
+    short = workspace.settings.replace("finetuning.epochs=2", "finetuning.epochs=1")
+    log = workspace.run(*command, settings=short)
+    assert "Mean Validation Dice" in log
+    weights = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, "all") / "checkpoint_final.pth"
+    log = workspace.run(*command, "-pretrained_weights", weights, settings=short, expect=-1)
+    assert "use -tr HySparKFinetuneTrainer" in log

@@ -1,0 +1,214 @@
+"""Runs as processes: killed, stopped, distributed, with dying workers and ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunetv2_hyspark.training.checkpoints import FINAL, LATEST, progress_of
+from nnunetv2_hyspark.transfer.reading import read_checkpoint
+from tests.training.small_dataset import NAME, SETTINGS, write_small_dataset
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 240
+
+# What a test makes go wrong, once: the file that DIED names is there afterwards.
+FAULTY = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from nnunetv2_hyspark import train
+from nnunetv2_hyspark.training.resumable import ResumableTrainer
+
+original, at = ResumableTrainer.train_step, int(os.environ.get("DIE_AT", "-1"))
+
+def train_step(self, batch):
+    if os.environ.get("DOUBLE"):
+        self.network.double()
+        batch["data"] = batch["data"].double()
+    died = Path(os.environ.get("DIED", "died"))
+    if self.rank == int(os.environ.get("DIE_RANK", "1")) and self.step == at and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, batch)
+
+def validation_step(self, batch, stock=ResumableTrainer.validation_step):
+    if os.environ.get("DOUBLE"):
+        batch["data"] = batch["data"].double()
+    return stock(self, batch)
+
+ResumableTrainer.train_step, ResumableTrainer.validation_step = train_step, validation_step
+train.main(sys.argv[1:])
+"""
+
+
+class Runs:
+    """Trainings of a small data set below one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("raw", "preprocessed"):
+            (folder / name).mkdir()
+        write_small_dataset(folder / "preprocessed", batch_size=4)
+        (folder / "faulty.py").write_text(FAULTY)
+
+    def environment(self, results: str, settings: str, **variables: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            **{f"nnUNet_{name}": str(self.folder / name) for name in ("raw", "preprocessed")},
+            "nnUNet_results": str(self.folder / results),
+            "nnUNet_hyspark": f"{SETTINGS},{settings}".rstrip(","),
+            "nnUNet_n_proc_DA": "0",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            **variables,
+        }
+
+    def start(
+        self, results: str, *more: str, processes: int = 0, restarts: int = 0, settings: str = "", **variables: str
+    ) -> subprocess.Popen:
+        """Starts a training, by torchrun if ``processes`` is given."""
+        launch = [sys.executable]
+        if processes:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                       "--max-restarts", str(restarts)]
+        return subprocess.Popen(
+            [*launch, str(self.folder / "faulty.py"), NAME, "3d_fullres", "0", "-device", "cpu", *more],
+            env=self.environment(results, settings, **variables), cwd=self.folder, text=True,
+            stdout=open(self.folder / f"{results}.txt", "a"), stderr=subprocess.STDOUT, start_new_session=True,
+        )
+
+    def output(self, results: str) -> str:
+        return (self.folder / f"{results}.txt").read_text()
+
+    def finish(self, process: subprocess.Popen, results: str, status: int = 0) -> None:
+        try:
+            assert process.wait(TIMEOUT) == status, self.output(results)[-4000:]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"hangs:\n{self.output(results)[-4000:]}")
+
+    def fold(self, results: str) -> Path:
+        (folder,) = (self.folder / results).glob("*/*/fold_0")
+        return folder
+
+    def wait_for(self, results: str, text: str) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while text not in self.output(results):
+            assert time.monotonic() < deadline, self.output(results)[-4000:]
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+def difference(a: Path, b: Path) -> float:
+    """Largest difference of logged losses and of weights between two finished runs."""
+    first, second = read_checkpoint(a / FINAL), read_checkpoint(b / FINAL)
+    losses = [
+        abs(x - y)
+        for key in ("train_losses", "val_losses", "gradient_norms")
+        for x, y in zip(first["logging"][key], second["logging"][key], strict=True)
+    ]
+    weights = [
+        (tensor - second["network_weights"][name]).abs().max().item()
+        for name, tensor in first["network_weights"].items()
+    ]
+    return max(*losses, *weights)
+
+
+def test_two_processes_equal_one(runs: Runs) -> None:
+    # in double precision, because Adam turns the rounding of a gradient that is zero into a whole step
+    runs.finish(runs.start("one", DOUBLE="1"), "one")
+    runs.finish(runs.start("two", processes=2, DOUBLE="1"), "two")
+    runs.finish(runs.start("parts", processes=2, settings="accumulate=2", DOUBLE="1"), "parts")
+    assert difference(runs.fold("one"), runs.fold("two")) < 1e-5
+    assert difference(runs.fold("one"), runs.fold("parts")) < 1e-5
+    summaries = [
+        json.loads((runs.fold(name) / "validation" / "summary.json").read_text()) for name in ("one", "two")
+    ]
+    assert [[c["case"] for c in s["metric_per_case"]] for s in summaries][0] == [
+        c["case"] for c in summaries[1]["metric_per_case"]
+    ]
+    assert abs(summaries[0]["mean"]["loss"] - summaries[1]["mean"]["loss"]) < 1e-5
+
+
+def test_a_rank_that_dies_ends_all_with_a_message(runs: Runs) -> None:
+    started = time.monotonic()
+    process = runs.start("dead", processes=2, DIE_AT="4")
+    runs.finish(process, "dead", status=1)
+    assert time.monotonic() - started < 120
+    text = runs.output("dead")
+    assert "Signal 9 (SIGKILL)" in text or "exitcode  : -9" in text
+
+
+def test_an_elastic_restart_goes_on(runs: Runs) -> None:
+    runs.finish(runs.start("whole", processes=2), "whole")
+    settings = "save_minutes=0.000001"
+    runs.finish(runs.start("restarted", processes=2, restarts=1, settings=settings, DIE_AT="4"), "restarted")
+    assert (runs.folder / "died").exists() and "Going on from" in runs.output("restarted")
+    assert difference(runs.fold("whole"), runs.fold("restarted")) == 0
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_stopped_by_a_scheduler_and_gone_on_with(runs: Runs, processes: int) -> None:
+    settings = "pretraining.epochs=40"
+    process = runs.start("stopped", processes=processes, settings=settings, nnUNet_n_proc_DA="2")
+    runs.wait_for("stopped", "Epoch 2")
+    if processes:
+        process.terminate()  # torchrun passes it on
+        assert process.wait(TIMEOUT) != 0
+    else:
+        os.killpg(process.pid, signal.SIGTERM)  # workers too, as SLURM does
+        runs.finish(process, "stopped", status=143)
+    assert "Stopped by SIGTERM. Progress is saved" in runs.output("stopped")
+    epoch, step = progress_of(runs.fold("stopped") / LATEST) or (0, 0)
+    assert (epoch, step) >= (2, 0)
+    settings = f"pretraining.epochs={epoch + 2}"
+    runs.finish(runs.start("stopped", "--c", processes=processes, settings=settings), "stopped")
+    assert progress_of(runs.fold("stopped") / FINAL) == (epoch + 2, 0)
+
+
+def test_a_killed_worker_ends_the_run_with_its_reason(runs: Runs) -> None:
+    process = runs.start("worker", settings="pretraining.epochs=1000", nnUNet_n_proc_DA="1")
+    runs.wait_for("worker", "Epoch 1")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    started = time.monotonic()
+    for child in children:
+        if b"faulty.py" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    runs.finish(process, "worker", status=1)
+    assert time.monotonic() - started < 60
+    assert "a worker was killed" in runs.output("worker").splitlines()[-1]
+
+
+def test_killed_at_random_moments(runs: Runs, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "experiments" / "kill_and_resume.py"), NAME, "3d_fullres", "0", "--kills", "3",
+               "--work", str(tmp_path / "kills")]
+    settings = f"{SETTINGS},save_minutes=0.000001,pretraining.epochs=20".replace("pretraining.epochs=3,", "")
+    done = subprocess.run(
+        command, env={**runs.environment("unused", ""), "nnUNet_hyspark": settings}, cwd=tmp_path, text=True,
+        capture_output=True, timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["kills"] == 3 and summary["runs_equal"] == summary["runs_finished"] > 0
+
+
+def test_plain_torch_can_read_a_checkpoint_of_several_processes(runs: Runs) -> None:
+    runs.finish(runs.start("two", processes=2, settings="pretraining.epochs=1"), "two")
+    weights = torch.load(runs.fold("two") / FINAL, weights_only=True)["network_weights"]
+    assert not any(name.startswith("module.") for name in weights)

@@ -1,0 +1,53 @@
+"""Phases equal the two convolutions they replace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nnunetv2_hyspark.networks.phase_convolution import border_response, has_phases, phases_pay, upsample_conv3d
+
+STRIDES = [(2, 2, 2), (1, 2, 2), (2, 1, 2), (1, 1, 1)]
+KERNELS = [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)]
+
+
+def random_tensors(stride, kernel, size, batch, inner):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, 4, *size), (4, inner, *stride), (inner,), (5, inner, *kernel), (5,)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("size", "batch"), [((3, 4, 2), 2), ((1, 1, 1), 1), ((1, 2, 5), 1)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_equals_transposed_then_plain_convolution(stride, kernel, size, batch, has_bias):
+    assert has_phases(stride, kernel)
+    x, up_weight, up_bias, weight, bias = random_tensors(stride, kernel, size, batch, 3)
+    inputs = [x, up_weight, up_bias, weight] + ([bias] if has_bias else [])
+    used = bias if has_bias else None
+    up = F.conv_transpose3d(x, up_weight, up_bias, stride=stride)
+    expected = F.conv3d(up, weight, used, padding=[k // 2 for k in kernel])
+    actual = upsample_conv3d(x, up_weight, up_bias, weight, used, stride)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(result, inputs, upstream) for result in (actual, expected))
+    for got, want in zip(*gradients):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 4), (7, 5, 3)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_border_response(size, kernel):
+    values = torch.randn(3, dtype=torch.float64)
+    weight = torch.randn(2, 3, *kernel, dtype=torch.float64)
+    full = values.view(1, 3, 1, 1, 1).expand(1, 3, *size)
+    expected = F.conv3d(full, weight, padding=[k // 2 for k in kernel])
+    torch.testing.assert_close(border_response(values, weight, size), expected)
+
+
+def test_large_maps_gain_and_small_wide_ones_do_not():
+    assert phases_pay(48**3, (2, 2, 2), (3, 3, 3), 96)
+    assert not phases_pay(6**3, (2, 2, 2), (3, 3, 3), 768)
+    assert not phases_pay(48**3, (3, 2, 2), (3, 3, 3), 96)

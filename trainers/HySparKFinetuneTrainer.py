@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import torch
 from nnunetv2.utilities.helpers import dummy_context
 
+from nnunetv2_hyspark.networks.segmentation import HySparKUNet
 from nnunetv2_hyspark.training.finetuning import parameter_groups
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
 from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
@@ -27,13 +29,21 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         """nnU-Net's; ``-pretrained_weights`` is handed to HySparK's loader by the start-up hook."""
         super().initialize()
         self.weights_were_loaded = False
-        unwrap(self.network).hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
+        network = unwrap(self.network)
+        if isinstance(network, HySparKUNet):
+            network.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
 
     def load_pretrained(self, filename: str) -> None:
-        """Loads the encoder of a checkpoint and logs what was loaded, adapted and skipped."""
-        report = load_pretrained_encoder(unwrap(self.network), filename)
+        """Loads the encoder of a checkpoint and reports what was loaded, adapted, left fresh and skipped: in the log,
+        and as ``load_report.json`` beside it."""
+        options = self.settings.finetuning
+        report = load_pretrained_encoder(
+            unwrap(self.network), filename, options.allow_partial, options.adapt_channels
+        )
         self.weights_were_loaded = True
         self.print_to_log_file(report.table(), add_timestamp=False)
+        if self.local_rank == 0:
+            report.write_json(Path(self.output_folder) / "load_report.json")
 
     def on_train_start(self) -> None:
         """nnU-Net's, after a word on missing weights."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
+import math
 from pathlib import Path
-from time import perf_counter, time
+from time import time
 from typing import Any
 
 import numpy as np
@@ -15,23 +15,30 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import distributed as dist
 from torch import nn
 
 from nnunetv2_hyspark.data.cases import find_image
 from nnunetv2_hyspark.data.loader import Batches, CropBatches
-from nnunetv2_hyspark.geometry import as_size3
+from nnunetv2_hyspark.geometry import Size3, as_size3
 from nnunetv2_hyspark.masking import count_visible, random_visible
 from nnunetv2_hyspark.pretext.build import build_hyspark
-from nnunetv2_hyspark.pretext.hyspark import HySparKConfig, reconstruction_loss
+from nnunetv2_hyspark.pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
+from nnunetv2_hyspark.training.diagnosis import new_signs, representation_health
+from nnunetv2_hyspark.training.distributed import gather, split_batch
+from nnunetv2_hyspark.training.epoch import EpochSoFar
+from nnunetv2_hyspark.training.memory import peak_memory_gb
 from nnunetv2_hyspark.training.parameters import decay_groups
-from nnunetv2_hyspark.training.progress import PretrainingLog
+from nnunetv2_hyspark.training.previews import Previews, spread_evenly
+from nnunetv2_hyspark.training.probe import LinearProbe, load_labelled_crops
+from nnunetv2_hyspark.training.progress import PretrainingLog, remaining_time
+from nnunetv2_hyspark.training.resumable import ResumableTrainer
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
-from nnunetv2_hyspark.training.trainer import HySparKTrainer, split_batch, unwrap
-from nnunetv2_hyspark.training.validation import validate_cases
+from nnunetv2_hyspark.training.tensorboard import TensorBoardLogger
+from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
+from nnunetv2_hyspark.training.validation import validate_cases, write_summary
 
 
-class HySparKPretrainTrainer(HySparKTrainer):
+class HySparKPretrainTrainer(ResumableTrainer):
     """Pre-trains on the images of a preprocessed data set; its labels are never looked at."""
 
     stage = "pretraining"
@@ -47,7 +54,9 @@ class HySparKPretrainTrainer(HySparKTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
         self.logger.local_logger = PretrainingLog()
-        self.inference_allowed_mirroring_axes = tuple(self.settings.pretraining.flip_axes)
+        self.inference_allowed_mirroring_axes = tuple(self.options.flip_axes)
+        self.previews: Previews | None = None
+        self.probe: LinearProbe | None = None
 
     @staticmethod
     def check_configuration(name: str, configuration: dict[str, Any]) -> None:
@@ -59,18 +68,35 @@ class HySparKPretrainTrainer(HySparKTrainer):
                 f"{configuration['previous_stage']}; pre-train on 3d_fullres or 3d_lowres."
             )
 
+    @property
+    def model(self) -> HySparK:
+        """The network, whatever wraps it."""
+        network = unwrap(self.network)
+        assert isinstance(network, HySparK)
+        return network
+
+    @property
+    def patch_size(self) -> Size3:
+        """Voxels of a crop per axis."""
+        return as_size3(self.configuration_manager.patch_size)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """mm per voxel of the preprocessed images."""
+        first, second, third = (float(s) for s in self.configuration_manager.spacing)
+        return first, second, third
+
     def initialize(self) -> None:
         """nnU-Net's, after checking that masks can be drawn on this patch."""
         architecture = self.configuration_manager.configuration["architecture"]["arch_kwargs"]
         encoder_strides = np.prod(architecture["strides"], axis=0)
-        patch = list(self.configuration_manager.patch_size)
-        if any(p % s for p, s in zip(patch, encoder_strides)):
+        if any(p % s for p, s in zip(self.patch_size, encoder_strides)):
             raise ValueError(
-                f"patch size {patch} is not divisible by the network's strides {encoder_strides.tolist()}; "
-                f"change patch_size in the plans, or plan with -pl HySparKPlanner."
+                f"patch size {list(self.patch_size)} is not divisible by the network's strides "
+                f"{encoder_strides.tolist()}; change patch_size in the plans, or plan with -pl HySparKPlanner."
             )
-        grid = as_size3(int(p // s) for p, s in zip(patch, encoder_strides))
-        count_visible(grid, self.settings.pretraining.mask_ratio)
+        grid = as_size3(int(p // s) for p, s in zip(self.patch_size, encoder_strides))
+        count_visible(grid, self.options.mask_ratio)
         super().initialize()
 
     @staticmethod
@@ -87,7 +113,7 @@ class HySparKPretrainTrainer(HySparKTrainer):
 
     def configure_optimizers(self):
         """AdamW with warm-up and cosine."""
-        options = self.settings.pretraining
+        options = self.options
         optimizer = torch.optim.AdamW(decay_groups(self.network, options.weight_decay), lr=options.learning_rate)
         schedule = WarmupCosineSchedule(
             optimizer, options.learning_rate, self.num_epochs, options.warmup_epochs, self.num_iterations_per_epoch
@@ -98,26 +124,38 @@ class HySparKPretrainTrainer(HySparKTrainer):
         return reconstruction_loss
 
     def _set_batch_size_and_oversample(self) -> None:
-        world_size, rank = (dist.get_world_size(), dist.get_rank()) if self.is_ddp else (1, 0)
+        world_size, rank = (self.world_size, self.rank) if self.is_ddp else (1, 0)
         self.positions = split_batch(self.configuration_manager.batch_size, world_size, rank)
         self.batch_size = len(self.positions)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """There is none."""
 
+    def _images(self, identifiers: list[str]) -> list[tuple[str, Path]]:
+        found = []
+        for name in identifiers:
+            try:
+                found.append((name, find_image(self.preprocessed_dataset_folder, name)))
+            except FileNotFoundError as error:
+                if self.options.on_broken_case == "stop":
+                    raise
+                self.print_to_log_file(f"WARNING: {name} is left out: {error}")
+        return found
+
     def _crops(self, identifiers: list[str], purpose: int, flip_axes: tuple[int, ...], in_order: bool) -> CropBatches:
-        options = self.settings.pretraining
-        patch_size = as_size3(self.configuration_manager.patch_size)
-        grid = unwrap(self.network).encoder.grid(patch_size)
+        cases = self._images(identifiers)
+        grid = self.model.encoder.grid(self.patch_size)
         return CropBatches(
-            [find_image(self.preprocessed_dataset_folder, name) for name in identifiers],
-            identifiers,
-            patch_size,
+            [path for _, path in cases],
+            [name for name, _ in cases],
+            self.patch_size,
             self.positions,
-            functools.partial(random_visible, 1, grid, options.mask_ratio),
-            (options.seed, purpose),
+            functools.partial(random_visible, 1, grid, self.options.mask_ratio),
+            (self.options.seed, purpose),
             flip_axes,
             in_order,
+            self.configuration_manager.batch_size,
+            self.options.on_broken_case,
         )
 
     def get_dataloaders(self) -> tuple[Batches, Batches]:
@@ -126,109 +164,117 @@ class HySparKPretrainTrainer(HySparKTrainer):
             self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         train, held_out = self.do_split()
         workers = get_allowed_n_proc_DA()
-        pin = self.device.type == "cuda"
-        first = self.current_epoch * self.num_iterations_per_epoch
-        steps = range(first, max(self.num_epochs * self.num_iterations_per_epoch, first + 1))
-        training = self._crops(train, 0, self.settings.pretraining.flip_axes, in_order=False)
+        pin, timeout = self.device.type == "cuda", self.options.data_timeout
+        steps = range(self.step, max(self.num_epochs * self.num_iterations_per_epoch, self.step + 1))
+        training = self._crops(train, 0, self.options.flip_axes, in_order=False)
         validation = self._crops(held_out, 1, (), in_order=True)
+        fixed, few = range(self.num_val_iterations_per_epoch), max(1, workers // 2) if workers else 0
         return (
-            Batches(training, steps, workers, pin),
-            Batches(validation, range(self.num_val_iterations_per_epoch), max(1, workers // 2) if workers else 0, pin,
-                    repeat=True),
+            Batches(training, steps, workers, pin, timeout=timeout),
+            Batches(validation, fixed, few, pin, repeat=True, timeout=timeout),
         )
 
     def on_train_start(self) -> None:
-        """nnU-Net's; says what is masked."""
+        """nnU-Net's; prepares previews and probe, and says what is masked."""
         super().on_train_start()
-        network = unwrap(self.network)
-        grid = network.encoder.grid(self.configuration_manager.patch_size)
-        visible = count_visible(grid, self.settings.pretraining.mask_ratio)
-        parameters = sum(p.numel() for p in network.encoder.parameters())
-        self.print_to_log_file(
-            f"masking: {grid[0]}x{grid[1]}x{grid[2]} cells of {'x'.join(map(str, network.encoder.junction_stride))} "
-            f"voxels, {visible} visible per crop; encoder {parameters:,} parameters; batch {self.batch_size} crops"
+        options, encoder = self.options, self.model.encoder
+        _, held_out = self.do_split()
+        shown = spread_evenly(held_out, options.preview_cases)[self.rank :: self.world_size]
+        self.previews = Previews(
+            self.folder / "previews", self._images(shown), self.patch_size, self.spacing, options.mask_ratio,
+            options.seed, self.print_to_log_file,
         )
+        if options.probe_dataset and self.rank == 0:
+            crops = load_labelled_crops(
+                options.probe_dataset, self.configuration_manager.data_identifier, self.patch_size,
+                self.num_input_channels, 2 * options.probe_cases,
+            )
+            self.probe = LinearProbe(crops, self.device)
+        if options.tensorboard and self.rank == 0:
+            self.logger.loggers.append(TensorBoardLogger(self.output_folder))
+        grid = encoder.grid(self.patch_size)
+        parameters = sum(p.numel() for p in encoder.parameters())
+        self.print_to_log_file(
+            f"masking: {grid[0]}x{grid[1]}x{grid[2]} cells of {'x'.join(map(str, encoder.junction_stride))} voxels, "
+            f"{count_visible(grid, options.mask_ratio)} visible per crop; encoder {parameters:,} parameters; "
+            f"batch {self.configuration_manager.batch_size} crops over {self.world_size} process(es)"
+        )
+        if self.so_far.step:
+            self.print_to_log_file(f"epoch {self.current_epoch} goes on at step {self.so_far.step}")
 
-    def _forward(self, batch: dict) -> torch.Tensor:
-        image = batch["data"].to(self.device, non_blocking=True)
-        visible = batch["visible"].to(self.device, non_blocking=True)
+    def compute_loss(self, image: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Reconstruction loss of crops."""
         with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
             reconstruction = self.network(image, visible)
         return self.loss(image, reconstruction, visible)
 
     def on_train_epoch_start(self) -> None:
-        """nnU-Net's; starts the meters."""
+        """nnU-Net's; starts the memory meter."""
         super().on_train_epoch_start()
-        self.step_in_epoch = 0
-        self.epoch_started = perf_counter()
-        self.dataloader_train.waited = 0.0
+        self.logger.log("weight_decays", self.weight_decay, self.current_epoch)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def train_step(self, batch: dict) -> dict:
-        """One step on a batch of crops and masks."""
-        self.lr_scheduler.set_step(self.current_epoch * self.num_iterations_per_epoch + self.step_in_epoch)
-        self.step_in_epoch += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._forward(batch)
-        norm = self.backward_and_step(loss, self.settings.pretraining.gradient_clip)
-        return {"loss": loss.item(), "gradient_norm": norm}
-
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Logs loss, gradient norm, speed, waiting and memory."""
-        duration = perf_counter() - self.epoch_started
-        world_size = dist.get_world_size() if self.is_ddp else 1
-        values = {
-            "train_losses": self._mean_over_processes([o["loss"] for o in train_outputs]),
-            "gradient_norms": float(np.mean([o["gradient_norm"] for o in train_outputs])),
-            "crops_per_second": len(train_outputs) * self.batch_size * world_size / duration,
-            "waiting_for_data": self.dataloader_train.waited / duration,
-            "peak_memory_gb": (
-                torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else float("nan")
-            ),
-        }
+        values = self.so_far.means(self.options.gradient_clip)
+        values["peak_memory_gb"] = peak_memory_gb(self.device)
         for key, value in values.items():
             self.logger.log(key, value, self.current_epoch)
 
-    def _mean_over_processes(self, values: list[float]) -> float:
-        mean = float(np.mean(values))
-        if not self.is_ddp:
-            return mean
-        gathered: list[float] = [0.0] * dist.get_world_size()
-        dist.all_gather_object(gathered, mean)
-        return float(np.mean(gathered))
+    def on_validation_epoch_start(self) -> None:
+        """nnU-Net's; the first batch tells how the representation is."""
+        super().on_validation_epoch_start()
+        self.health_is_due = True
 
-    def validation_step(self, batch: dict) -> dict:
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """Reconstruction loss of a fixed batch."""
-        return {"loss": self._forward(batch).item()}
+        if self.health_is_due:
+            self.health_is_due = False
+            rank, deviation = representation_health(self.model, *self.to_device(batch))
+            self.logger.log("effective_rank", rank, self.current_epoch)
+            self.logger.log("reconstruction_deviation", deviation, self.current_epoch)
+        return super().validation_step(batch)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """Logs the mean."""
-        loss = self._mean_over_processes([o["loss"] for o in val_outputs])
-        self.logger.log("val_losses", loss, self.current_epoch)
+        """Logs the mean; draws previews and fits the probe where they are due."""
+        self.logger.log("val_losses", float(np.mean([o["loss"] for o in val_outputs])), self.current_epoch)
+        done = self.current_epoch + 1
+        is_last = done == self.num_epochs
+        every = self.options.preview_every
+        if self.previews is not None and every and (done % every == 0 or done == 1 or is_last):
+            self.previews.draw(self.model, done, self.device)
+        if self.probe is not None and (done % self.options.probe_every == 0 or done == 1 or is_last):
+            dice = self.probe.score(self.model.encoder)
+            self.logger.log("probe_dice", dice, self.current_epoch)
+            self.print_to_log_file(f"linear probe: Dice {dice:.4f}")
 
     def on_epoch_end(self) -> None:
-        """Prints the epoch, keeps latest and best checkpoints (lowest validation loss), draws progress.png."""
+        """Prints the epoch and signs of trouble, writes checkpoints and progress.png."""
+        self.epoch_is_open = False
+        self.so_far = EpochSoFar()
         epoch = self.current_epoch
         self.logger.log("epoch_end_timestamps", time(), epoch)
-        log = {key: self.logger.get_value(key, step=-1) for key in ("train_losses", "val_losses", "gradient_norms",
-                                                                    "crops_per_second", "waiting_for_data")}
-        started, ended = (self.logger.get_value(f"epoch_{when}_timestamps", step=-1) for when in ("start", "end"))
-        self.print_to_log_file(f"train_loss {log['train_losses']:.4f}")
-        self.print_to_log_file(f"val_loss {log['val_losses']:.4f}")
+        log = self.logger.local_logger.my_fantastic_logging
+        last = {key: values[-1] if values else math.nan for key, values in log.items()}
+        self.print_to_log_file(f"train_loss {last['train_losses']:.4f}")
+        self.print_to_log_file(f"val_loss {last['val_losses']:.4f}")
         self.print_to_log_file(
-            f"gradient norm {log['gradient_norms']:.3g}, {log['crops_per_second']:.3g} crops/s, "
-            f"{log['waiting_for_data']:.0%} of the time waiting for data"
+            f"gradient norm {last['gradient_norms']:.3g}, {last['crops_per_second']:.3g} crops/s, "
+            f"{last['waiting_for_data']:.0%} of the time waiting for data, {last['peak_memory_gb']:.2f} GB at most, "
+            f"effective rank {last['effective_rank']:.1f}"
         )
-        self.print_to_log_file(f"Epoch time: {ended - started:.2f} s")
-        if (epoch + 1) % self.save_every == 0 and epoch != self.num_epochs - 1:
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
-        if self._best_ema is None or log["val_losses"] < self._best_ema:
-            self._best_ema = log["val_losses"]
-            self.print_to_log_file(f"New best validation loss: {self._best_ema:.4f}")
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
-        if self.local_rank == 0:
-            self.logger.plot_progress_png(self.output_folder)
+        duration = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
+        left = remaining_time(log["epoch_start_timestamps"], log["epoch_end_timestamps"], self.num_epochs - epoch - 1)
+        self.print_to_log_file(f"Epoch time: {duration:.2f} s, about {left} to go")
+        for sign in new_signs(log, self.options.learning_rate):
+            self.print_to_log_file(f"SIGN OF TROUBLE: {sign}")
+        self.save_epoch()
+        if self.rank == 0:
+            try:
+                self.logger.plot_progress_png(self.output_folder)
+            except OSError as error:
+                self.print_to_log_file(f"WARNING: progress.png was not written: {error}")
         self.current_epoch += 1
 
     def on_train_end(self) -> None:
@@ -257,38 +303,15 @@ class HySparKPretrainTrainer(HySparKTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Reconstructs the held-out cases: ``validation/summary.json`` and a picture per case."""
         self.network.eval()
-        _, cases = self.do_split()
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.is_ddp else (0, 1)
-        folder = Path(self.output_folder) / "validation"
+        _, held_out = self.do_split()
+        folder = self.folder / "validation"
         folder.mkdir(parents=True, exist_ok=True)
-        options = self.settings.pretraining
         results = validate_cases(
-            unwrap(self.network),
-            [(name, find_image(self.preprocessed_dataset_folder, name)) for name in cases[rank::world_size]],
-            as_size3(self.configuration_manager.patch_size),
-            tuple(float(s) for s in self.configuration_manager.spacing),
-            options.mask_ratio,
-            options.seed,
-            self.device,
-            folder,
-            self.print_to_log_file,
+            self.model, self._images(held_out), self.patch_size, self.spacing, self.options.mask_ratio,
+            self.options.seed, self.device, folder, self.print_to_log_file, self.rank, self.world_size,
         )
-        if self.is_ddp:
-            gathered: list[list[dict]] = [[] for _ in range(world_size)]
-            dist.all_gather_object(gathered, results)
-            results = [r for part in gathered for r in part]
-        if rank == 0:
-            means = {key: float(np.mean([r[key] for r in results])) for key in ("loss", "masked_mae")}
-            summary = {
-                "metric_per_case": sorted(results, key=lambda r: r["case"]),
-                "mean": means,
-                "mask_ratio": options.mask_ratio,
-                "units": {
-                    "loss": "mean squared error on masked cells, in units of each cell's variance",
-                    "masked_mae": "mean absolute error on masked voxels, preprocessed intensities, each cell's own "
-                    "mean and deviation restored",
-                },
-            }
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        results = [result for part in gather(results) for result in part]
+        if self.rank == 0:
+            means = write_summary(folder / "summary.json", results, self.options.mask_ratio)
             self.print_to_log_file("Validation complete", also_print_to_console=True)
             self.print_to_log_file(f"Mean reconstruction loss: {means['loss']:.4f}", also_print_to_console=True)

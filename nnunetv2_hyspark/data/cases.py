@@ -32,6 +32,7 @@ def open_image(path: Path) -> Any:
     """Opens an image ``(C, D, H, W)`` lazily: only what is sliced from it is read and decompressed.
 
     Raises:
+        FileNotFoundError: if it is gone.
         ValueError: if the file is damaged; the message names it.
     """
     try:
@@ -42,6 +43,8 @@ def open_image(path: Path) -> Any:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r")
         return np.load(path)["data"]
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{path} is not readable ({type(error).__name__}: {error}); it may be damaged, so delete it and run "
@@ -61,13 +64,14 @@ def read_crop(path: Path, corner: Sequence[int], size: Sequence[int]) -> np.ndar
         float32 ``(C, *size)``.
 
     Raises:
+        FileNotFoundError: if the file is gone.
         ValueError: if the file is damaged or the box holds NaN or infinite voxels; the message names case and file.
     """
     image = open_image(path)
     box = [[start, start + edge] for start, edge in zip(corner, size)]
     try:
         crop = crop_and_pad_nd(image, box, 0)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run nnUNetv2_preprocess again.") from error
     crop = np.ascontiguousarray(crop, dtype=np.float32)
     if not np.isfinite(crop).all():

@@ -7,8 +7,9 @@ samples of a global batch do not depend on how it is split over processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,22 @@ from ..geometry import Size3
 from .cases import image_shape, random_corner, read_crop
 
 DrawMask = Callable[[torch.Generator], torch.Tensor]
+
+ATTEMPTS = 20
+BACKGROUND_DEVIATION = 0.05
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One crop: float32 ``(C, D, H, W)``, its visible cells ``(1, g0, g1, g2)``, and all that it was made of."""
+
+    crop: np.ndarray
+    visible: torch.Tensor
+    case: str
+    corner: list[int]
+    flips: list[int]
+    mask_seed: int
+    skipped: list[str]
 
 
 class CropBatches(Dataset):
@@ -32,6 +49,8 @@ class CropBatches(Dataset):
         seed: entropy of everything random.
         flip_axes: spatial axes that are flipped with probability one half.
         in_order: take cases in turn instead of at random (validation).
+        global_batch: samples of all processes together; the number of positions if not given.
+        on_broken_case: ``"stop"``, or ``"skip"``: another case is drawn instead of one that cannot be read.
     """
 
     def __init__(
@@ -44,6 +63,8 @@ class CropBatches(Dataset):
         seed: Sequence[int],
         flip_axes: Sequence[int] = (),
         in_order: bool = False,
+        global_batch: int | None = None,
+        on_broken_case: str = "stop",
     ):
         if not files:
             raise ValueError("there is no case to draw crops from; expected at least one preprocessed image.")
@@ -55,30 +76,86 @@ class CropBatches(Dataset):
         self.seed = tuple(seed)
         self.flip_axes = tuple(flip_axes)
         self.in_order = in_order
+        self.global_batch = global_batch or len(self.positions)
+        self.on_broken_case = on_broken_case
         self._shapes: dict[int, Size3] = {}
 
-    def _sample(self, step: int, position: int) -> tuple[np.ndarray, torch.Tensor, str]:
-        rng = np.random.default_rng((*self.seed, step, position))
-        case = (step * len(self.positions) + position) if self.in_order else int(rng.integers(len(self.files)))
-        case %= len(self.files)
-        path = self.files[case]
-        if case not in self._shapes:
-            self._shapes[case] = image_shape(path)
-        crop = read_crop(path, random_corner(self._shapes[case], self.patch_size, rng), self.patch_size)
-        flips = [axis + 1 for axis in self.flip_axes if rng.random() < 0.5]
-        if flips:
-            crop = np.ascontiguousarray(np.flip(crop, flips))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        return crop, self.draw_mask(generator), self.names[case]
+    def _first_case(self, rng: np.random.Generator, step: int, position: int) -> int:
+        if self.in_order:
+            return (step * self.global_batch + position) % len(self.files)
+        return int(rng.integers(len(self.files)))
 
-    def __getitem__(self, step: int) -> dict:
-        """``{"data": (B, C, D, H, W) float32, "visible": (B, g0, g1, g2) bool, "keys": case names, "step": step}``."""
-        samples = [self._sample(step, position) for position in self.positions]
+    def cases(self, step: int) -> list[str]:
+        """Which cases a step reads first; nothing is opened."""
+        firsts = [self._first_case(np.random.default_rng((*self.seed, step, p)), step, p) for p in self.positions]
+        return [self.names[case] for case in firsts]
+
+    def _read(self, case: int, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+        path = self.files[case]
+        try:
+            if case not in self._shapes:
+                self._shapes[case] = image_shape(path)
+            corner = random_corner(self._shapes[case], self.patch_size, rng)
+            return read_crop(path, corner, self.patch_size), corner
+        except FileNotFoundError:
+            raise ValueError(
+                f"case {self.names[case]} has vanished: there is no {path}; restore it, or run nnUNetv2_preprocess "
+                f"again."
+            ) from None
+
+    def sample(self, step: int, position: int) -> Sample:
+        """One sample of the global batch.
+
+        Raises:
+            ValueError: if a case cannot be read and such cases are not skipped, or too many in a row cannot be read.
+        """
+        rng = np.random.default_rng((*self.seed, step, position))
+        case = self._first_case(rng, step, position)
+        skipped: list[str] = []
+        while True:
+            try:
+                crop, corner = self._read(case, rng)
+                break
+            except (ValueError, OSError) as error:
+                if self.on_broken_case == "stop":
+                    raise ValueError(f"{error} Or set on_broken_case=skip to go on without it.") from None
+                skipped.append(f"{self.names[case]}: {error}")
+                if len(skipped) == ATTEMPTS:
+                    raise ValueError(
+                        f"{ATTEMPTS} cases in a row could not be read, the last one: {error}"
+                    ) from None
+                case = (case + 1) % len(self.files) if self.in_order else int(rng.integers(len(self.files)))
+        flips = [axis for axis in self.flip_axes if rng.random() < 0.5]
+        if flips:
+            crop = np.ascontiguousarray(np.flip(crop, tuple(axis + 1 for axis in flips)))
+        mask_seed = int(rng.integers(2**62))
+        visible = self.draw_mask(torch.Generator().manual_seed(mask_seed))
+        return Sample(crop, visible, self.names[case], corner, flips, mask_seed, skipped)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """The batch of a step.
+
+        Returns:
+            ``data`` float32 ``(B, C, D, H, W)``; ``visible`` bool ``(B, g0, g1, g2)``; ``step``; per sample ``keys``
+            (case names), ``corners`` (first voxel), ``flips`` (axes) and ``mask_seeds``; ``background``: how many crops
+            are nearly constant (standard deviation below 0.05 of normalised intensities); ``skipped``: sentences on
+            cases that could not be read. Or ``{"error": sentence}``, because an exception that leaves a worker process
+            arrives as its whole traceback.
+        """
+        try:
+            samples = [self.sample(step, position) for position in self.positions]
+        except ValueError as error:
+            return {"error": str(error)}
         return {
-            "data": torch.from_numpy(np.stack([s[0] for s in samples])),
-            "visible": torch.cat([s[1] for s in samples]),
-            "keys": [s[2] for s in samples],
+            "data": torch.from_numpy(np.stack([s.crop for s in samples])),
+            "visible": torch.cat([s.visible for s in samples]),
+            "keys": [s.case for s in samples],
             "step": step,
+            "corners": [s.corner for s in samples],
+            "flips": [s.flips for s in samples],
+            "mask_seeds": [s.mask_seed for s in samples],
+            "background": sum(float(s.crop.std()) < BACKGROUND_DEVIATION for s in samples),
+            "skipped": [sentence for s in samples for sentence in s.skipped],
         }
 
 
@@ -91,9 +168,20 @@ class Batches:
         workers: background processes; 0 loads in this one.
         pin_memory: whether batches are put in page-locked memory for the GPU.
         repeat: start over when the steps are used up.
+        timeout: longest wait for a batch, in seconds; 0 waits for ever.
     """
 
-    def __init__(self, dataset: CropBatches, steps: range, workers: int, pin_memory: bool, repeat: bool = False):
+    def __init__(
+        self,
+        dataset: CropBatches,
+        steps: range,
+        workers: int,
+        pin_memory: bool,
+        repeat: bool = False,
+        timeout: float = 0.0,
+    ):
+        self.dataset = dataset
+        self.steps = steps
         self.loader = DataLoader(
             dataset,
             batch_size=None,
@@ -102,23 +190,41 @@ class Batches:
             pin_memory=pin_memory,
             prefetch_factor=3 if workers else None,
             persistent_workers=bool(workers) and repeat,
+            timeout=timeout if workers else 0.0,
+            generator=torch.Generator(),  # else every iteration would draw from the global one
         )
         self.repeat = repeat
-        self.waited = 0.0
+        self._delivered = 0
         self._iterator: Iterator | None = None
 
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> dict:
-        """The next batch; the time it took is added to ``waited``, in seconds."""
-        start = perf_counter()
-        try:
-            return self._next()
-        finally:
-            self.waited += perf_counter() - start
+    def __next__(self) -> dict[str, Any]:
+        """The next batch.
 
-    def _next(self) -> dict:
+        Raises:
+            ValueError: if a case cannot be read.
+            RuntimeError: if a worker process has died or does not deliver in time.
+        """
+        failure = ""
+        try:
+            batch = self._next()
+        except RuntimeError as error:
+            if not self.loader.num_workers:
+                raise
+            failure = self.death_notice(error)
+        if failure:
+            # only now nothing refers to the iterator any more, so that torch forgets the dead worker; before, it raises
+            # again in the middle of anything whenever a child process ends
+            self.close()
+            raise RuntimeError(failure)
+        if "error" in batch:
+            raise ValueError(batch["error"])
+        self._delivered += 1
+        return batch
+
+    def _next(self) -> dict[str, Any]:
         if self._iterator is None:
             self._iterator = iter(self.loader)
         try:
@@ -128,6 +234,19 @@ class Batches:
                 raise
             self._iterator = iter(self.loader)
             return next(self._iterator)
+
+    def death_notice(self, error: RuntimeError) -> str:
+        """What to tell about the end of a worker: torch's reason, and the cases that were being read."""
+        first = self._delivered % max(len(self.steps), 1)
+        in_flight = self.steps[first : first + 3 * self.loader.num_workers]
+        cases = sorted({name for step in in_flight for name in self.dataset.cases(step)})
+        shown = ", ".join(cases[:8]) + (f" and {len(cases) - 8} more" if len(cases) > 8 else "")
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return (
+            f"loading data failed ({reason}); a worker was killed (often by the system, for want of memory), hangs, or "
+            f"crashed on a file, being on its way to {shown}; use fewer workers (nnUNet_n_proc_DA) or check these "
+            f"files, then go on with --c."
+        )
 
     def close(self) -> None:
         """Ends the workers."""

@@ -49,7 +49,43 @@ class HySparKConfig:
         default=(0, 1, 2), metadata={"choices": (0, 1, 2), "help": "axes that are flipped at random"}
     )
     batch_size: int = field(default=0, metadata={"range": (0, 4096), "help": "crops per step; 0: the plan's"})
+    accumulate: int = field(
+        default=1,
+        metadata={"range": (1, 4096), "help": "parts in which a process computes its share of a batch, to save memory"},
+    )
     save_every: int = field(default=25, metadata={"range": (1, 10**6), "help": "epochs between checkpoint_latest"})
+    save_minutes: float = field(
+        default=30.0,
+        metadata={"range": (0.0, 1e6), "help": "checkpoint_latest is written after so many minutes too, also inside an "
+                  "epoch; 0: never"},
+    )
+    keep_every: int = field(
+        default=0, metadata={"range": (0, 10**7), "help": "epochs between checkpoints that are kept for good; 0: none"}
+    )
+    max_bad_steps: int = field(
+        default=10, metadata={"range": (1, 10**6), "help": "steps in a row without a finite loss that end a run"}
+    )
+    on_broken_case: str = field(
+        default="stop",
+        metadata={"choices": ("stop", "skip"), "help": "what to do about a preprocessed file that cannot be read"},
+    )
+    data_timeout: float = field(
+        default=600.0, metadata={"range": (0.0, 1e6), "help": "longest wait for a batch, s; 0 waits for ever"}
+    )
+    preview_every: int = field(
+        default=25, metadata={"range": (0, 10**7), "help": "epochs between pictures of reconstructions; 0: none"}
+    )
+    preview_cases: int = field(default=3, metadata={"range": (1, 100), "help": "cases in the pictures"})
+    probe_dataset: int = field(
+        default=0,
+        metadata={"range": (0, 10**6), "help": "number of a labelled data set, preprocessed with the same plans name, "
+                  "for the linear probe; 0: no probe"},
+    )
+    probe_every: int = field(default=50, metadata={"range": (1, 10**7), "help": "epochs between linear probes"})
+    probe_cases: int = field(
+        default=4, metadata={"range": (1, 1000), "help": "cases that a probe is fitted on, and as many that test it"}
+    )
+    tensorboard: bool = field(default=False, metadata={"help": "write TensorBoard files into the results folder"})
     seed: int = field(default=0, metadata={"range": (0, 2**31 - 1), "help": "of initialisation, crops and masks"})
 
 

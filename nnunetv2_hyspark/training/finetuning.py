@@ -37,6 +37,16 @@ class FinetuningConfig:
     gradient_clip: float = field(default=12.0, metadata={"range": (0.0, 1e9), "open": True, "help": "largest norm"})
     batch_size: int = field(default=0, metadata={"range": (0, 4096), "help": "patches per step; 0: the plan's"})
     save_every: int = field(default=50, metadata={"range": (1, 10**6), "help": "epochs between checkpoint_latest"})
+    allow_partial: bool = field(
+        default=False,
+        metadata={"help": "load what fits of pre-trained weights that do not cover the encoder (other depth, width, "
+                  "heads or strides)"},
+    )
+    adapt_channels: tuple[int, ...] = field(
+        default=(),
+        metadata={"help": "for every image channel the pre-trained channel whose weights it takes, from 0, or -1 for "
+                  "none; empty: their mean, if the numbers differ"},
+    )
     seed: int = field(default=-1, metadata={"range": (-1, 2**31 - 1), "help": "of initialisation; -1: not fixed"})
 
 
@@ -59,7 +69,8 @@ def parameter_groups(network: nn.Module, config: FinetuningConfig) -> list[dict[
 
     Every group holds ``lr_scale`` (its share of the schedule's rate), ``name`` and ``weight_decay``.
     """
-    n_stages = len(network.encoder.strides)
+    encoder: Any = network.encoder
+    n_stages = len(encoder.strides)
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         scale, part = 1.0, "decoder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -43,7 +44,8 @@ def save_reconstruction_picture(
         aspect = spacing[others[0]] / spacing[others[1]]
         cut = [np.take(volume, middle, axis=axis) for volume in (image, visible, reconstruction, error)]
         masked = np.ma.masked_where(~cut[1], cut[0])
-        panels = ((cut[0], "original"), (masked, "what the encoder sees"), (cut[2], "reconstruction"), (cut[3], "|error|"))
+        names = ("original", "what the encoder sees", "reconstruction", "|error|")
+        panels = tuple(zip((cut[0], masked, cut[2], cut[3]), names))
         for column, (panel, name) in enumerate(panels):
             ax = axes[row, column]
             ax.set_facecolor("#30506e")
@@ -56,6 +58,57 @@ def save_reconstruction_picture(
             if row == 0:
                 ax.set_title(name)
         axes[row, 0].set_ylabel(f"middle of {PLANES[axis]}")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(Path(path), dpi=90)
+    plt.close(figure)
+
+
+def three_planes(volume: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The middle planes across the three axes side by side, as 8-bit gray.
+
+    Args:
+        volume: ``(D, H, W)``.
+        low, high: intensities that become black and white.
+    """
+    planes = [np.take(volume, volume.shape[axis] // 2, axis=axis) for axis in range(3)]
+    height = max(plane.shape[0] for plane in planes)
+    padded = [np.pad(p, ((0, height - p.shape[0]), (0, 2)), constant_values=low) for p in planes]
+    scaled = (np.hstack(padded) - low) / max(high - low, 1e-6)
+    return (np.nan_to_num(scaled).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def save_gray(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
+    """Writes 8-bit gray ``(H, W)`` as PNG."""
+    plt.imsave(Path(path), pixels, cmap="gray", vmin=0, vmax=255, format="png")
+
+
+def read_gray(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads what :func:`save_gray` wrote."""
+    try:
+        return (plt.imread(Path(path))[..., 0] * 255).round().astype(np.uint8)
+    except (SyntaxError, IndexError) as error:  # what Pillow raises for half a PNG
+        raise ValueError(f"{path} is no picture of ours ({error}); delete it.") from error
+
+
+def save_contact_sheet(
+    path: str | os.PathLike[str], rows: Sequence[tuple[str, np.ndarray]], title: str
+) -> None:
+    """Writes a PNG of labelled rows.
+
+    Args:
+        path: where to.
+        rows: label and 8-bit gray ``(H, W)``, all of one shape.
+        title: one line above.
+    """
+    height, width = rows[0][1].shape
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(7, 0.6 + 6 * len(rows) * height / width), constrained_layout=True, squeeze=False
+    )
+    for axis, (label, pixels) in zip(axes[:, 0], rows):
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(Path(path), dpi=90)
     plt.close(figure)

@@ -8,20 +8,29 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..configuration import ENVIRONMENT_VARIABLE, Source, parse_environment, resolve
-from ..networks.topology import NETWORK_CLASS, ArchitectureConfig
+from ..networks.topology import NETWORK_CLASS, ArchitectureConfig, derive_arch_kwargs
+from ..planning.remembered import RememberedCheckpoint, remembered_checkpoint
 from ..pretext.hyspark import HySparKConfig
 from .finetuning import FinetuningConfig
 
 Stage = Literal["pretraining", "finetuning"]
 
+_NOT_SETTINGS = ("memory", "checkpoint")
+"""Keys of a configuration's ``"hyspark"`` block in which planners leave word."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Every hyperparameter of a run that nnU-Net's plan does not hold."""
+    """Every hyperparameter of a run that nnU-Net's plan does not hold.
+
+    Attributes:
+        checkpoint: what the plan says fine-tuning starts from.
+    """
 
     architecture: ArchitectureConfig
     pretraining: HySparKConfig
     finetuning: FinetuningConfig
+    checkpoint: RememberedCheckpoint | None = None
 
     def as_dict(self, stage: Stage) -> dict[str, dict[str, Any]]:
         """Plain values of the architecture and of one stage, for logs and checkpoints."""
@@ -45,19 +54,28 @@ def resolve_settings(
         environment: where the variable is looked up.
 
     Raises:
-        ValueError: for unknown keys, values out of range, or architecture keys where the plan already fixes the
-            network.
+        ValueError: for unknown keys, values out of range, or architecture keys that contradict a plan which already
+            fixes the network.
     """
-    sources = [Source(f"the \"hyspark\" block of configuration {configuration_name}", configuration.get("hyspark", {}))]
+    block = configuration.get("hyspark", {})
+    planned = {key: value for key, value in block.items() if key not in _NOT_SETTINGS}
+    sources = [Source(f"the \"hyspark\" block of configuration {configuration_name}", planned)]
     text = environment.get(ENVIRONMENT_VARIABLE, "")
     if text.strip():
         sources.append(Source(f"the variable {ENVIRONMENT_VARIABLE}", parse_environment(text)))
     defaults = {"architecture": ArchitectureConfig(), "pretraining": HySparKConfig(), "finetuning": FinetuningConfig()}
     sections, explicit = resolve(defaults, stage, ["architecture"], sources)
+    settings = Settings(**sections, checkpoint=remembered_checkpoint(block, configuration_name))
     fixed = sorted(key for key in explicit if key.startswith("architecture."))
-    if fixed and configuration.get("architecture", {}).get("network_class_name") == NETWORK_CLASS:
-        raise ValueError(
-            f"{', '.join(fixed)} is set, but configuration {configuration_name} of this plans file already fixes the "
-            f"HySparK network; edit its \"architecture\" entry instead, or use a plain nnU-Net plan."
-        )
-    return Settings(**sections)
+    architecture = configuration.get("architecture", {})
+    if fixed and architecture.get("network_class_name") == NETWORK_CLASS:
+        fixed_kwargs = architecture["arch_kwargs"]
+        asked = derive_arch_kwargs(fixed_kwargs["strides"], fixed_kwargs["kernel_sizes"], settings.architecture)
+        differing = sorted(key for key in asked if asked[key] != fixed_kwargs.get(key, asked[key]))
+        if differing:
+            raise ValueError(
+                f"{', '.join(fixed)} is set, but configuration {configuration_name} of this plans file already fixes "
+                f"the HySparK network with another {', '.join(differing)}; plan again with -pl HySparKPlanner and the "
+                f"same settings, or leave them out."
+            )
+    return settings

@@ -5,22 +5,39 @@ from __future__ import annotations
 import copy
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..networks.topology import architecture_of
+from ..transfer.description import describe, fingerprint_digest
 from ..transfer.reading import read_checkpoint
-from .checkpoints import plain, save_atomically
-from .description import describe, fingerprint_digest
+from .checkpoints import (
+    LATEST,
+    checkpoints_in,
+    most_advanced,
+    plain,
+    progress_of,
+    remove_partial_files,
+    save_atomically,
+    set_aside,
+)
+from .distributed import distribute, only_on_first, process_device
+from .random_state import capture_random_state, restore_random_state
 from .settings import Stage, resolve_settings
+from .signals import StopSignals
+
+RESULTS = ("progress.png", "previews", "incidents", "validation", "debug.json")
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -31,13 +48,21 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 
 class HySparKTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with HySparK's settings and network, and checkpoints of plain data, written atomically.
+    """nnU-Net's trainer with HySparK's settings and network, and runs that lose nothing.
 
     The network follows from the plan and the settings; both are written into the trainer's own copy of the plans, which
     nnU-Net stores next to the results. So prediction rebuilds it from there, whatever the settings are by then.
+
+    Checkpoints hold plain data and are written atomically. SIGTERM, SIGINT and SIGUSR1 save and leave with status
+    128 + signal. A run that starts anew in a folder with checkpoints moves these aside; one that goes on (``--c``)
+    goes on from the checkpoint that got furthest, and from the next one if that is damaged.
     """
 
     stage: ClassVar[Stage]
+    dataset_class: Any
+    is_ddp: bool
+    network: Any
+    my_init_kwargs: dict[str, Any]
 
     def __init__(
         self,
@@ -54,7 +79,15 @@ class HySparKTrainer(nnUNetTrainer):
         own = plans["configurations"][configuration]
         own["architecture"] = architecture_of(resolved, self.settings.architecture)
         own["hyspark"] = {self.stage: self.settings.as_dict(self.stage)[self.stage]}
+        self.continue_training = bool(plans.get("continue_training", False))
+        self.was_resumed = False
+        self.epoch_is_open = False
+        self.stop = StopSignals()
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:
+            self.device = process_device(device)
+            if self.device.type != "cuda":
+                self.grad_scaler = None
         options = getattr(self.settings, self.stage)
         self.initial_lr = options.learning_rate
         self.weight_decay = options.weight_decay
@@ -75,51 +108,180 @@ class HySparKTrainer(nnUNetTrainer):
                 f"configuration such as 3d_fullres."
             )
 
+    @property
+    def folder(self) -> Path:
+        """Where this run's results go."""
+        return Path(self.output_folder)
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """nnU-Net's; of several processes, the first one speaks, the others only warn."""
+        if self.local_rank == 0:
+            super().print_to_log_file(
+                *args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp
+            )
+        elif args and str(args[0]).startswith("WARNING"):
+            print(f"process {self.local_rank}:", *args)
+
     def initialize(self) -> None:
-        """nnU-Net's, with the initial weights fixed by the seed."""
+        """nnU-Net's, with the initial weights fixed by the seed.
+
+        With several processes the network is wrapped here, because nnU-Net takes the GPU from the rank among all
+        machines and knows no CPU.
+        """
         seed = getattr(self.settings, self.stage).seed
         if seed >= 0:
             torch.manual_seed(seed)
-        super().initialize()
+        is_ddp, self.is_ddp = self.is_ddp, False
+        try:
+            super().initialize()
+        finally:
+            self.is_ddp = is_ddp
+        if is_ddp:
+            self._set_batch_size_and_oversample()
+            self.network = distribute(self.network, self.device)
+            self.loss = self._build_loss()
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """nnU-Net's split. Raises ValueError where it cannot be made: fewer cases than folds."""
-        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-        if self.fold != "all" and not splits.is_file():
-            if self.dataset_class is None:
-                from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+        """nnU-Net's split; a new one is written atomically.
 
-                self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
-            cases = len(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
-            if cases < 5:
-                raise ValueError(
-                    f"{self.plans_manager.dataset_name} has {cases} case(s) for five-fold cross-validation; use fold "
-                    f"'all', or write your own {splits}."
-                )
+        Raises:
+            ValueError: if it cannot be made, because there are fewer cases than folds, or read.
+        """
+        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        if self.fold != "all":
+            if splits.is_file():
+                try:
+                    json.loads(splits.read_text())
+                except ValueError as error:
+                    raise ValueError(f"{splits} is damaged ({error}); delete it to have it made again.") from None
+            else:
+                self._make_split(splits)
         return super().do_split()
+
+    def _make_split(self, path: Path) -> None:
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        cases = sorted(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+        if len(cases) < 5:
+            raise ValueError(
+                f"{self.plans_manager.dataset_name} has {len(cases)} case(s) for five-fold cross-validation; use fold "
+                f"'all', or write your own {path}."
+            )
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        save_json(generate_crossval_split(cases, seed=12345, n_splits=5), str(partial))
+        os.replace(partial, path)
 
     def plot_network_architecture(self) -> None:
         """Leaves out nnU-Net's plot, which needs a package that no longer works."""
+
+    def run_training(self) -> None:
+        """nnU-Net's, with signals that stop it."""
+        with self.stop:
+            super().run_training()
+            self.leave_after_training()
+
+    def on_train_start(self) -> None:
+        """nnU-Net's, after seeing to what is in the folder already."""
+        if not self.was_initialized:
+            self.initialize()
+        if self.continue_training and not self.was_resumed and checkpoints_in(self.folder):
+            self.load_checkpoint(self.folder / LATEST)
+        if not self.was_resumed:
+            only_on_first(self._set_earlier_run_aside)
+        super().on_train_start()
+
+    def _set_earlier_run_aside(self) -> None:
+        remove_partial_files(self.folder)
+        earlier = set_aside(self.folder, RESULTS, datetime.now())
+        if earlier is not None:
+            self.print_to_log_file(
+                f"NOTE: this folder held the checkpoints of an earlier run, and this run starts anew; they are now in "
+                f"{earlier}. To go on with a run instead, give --c."
+            )
+
+    def on_epoch_start(self) -> None:
+        """nnU-Net's; a checkpoint written from now on says that this epoch is not done."""
+        super().on_epoch_start()
+        self.epoch_is_open = True
+
+    def on_epoch_end(self) -> None:
+        """nnU-Net's; the epoch is done."""
+        self.epoch_is_open = False
+        super().on_epoch_end()
+
+    def on_train_end(self) -> None:
+        """nnU-Net's; with checkpointing disabled, an existing ``checkpoint_latest.pth`` stays."""
+        latest, kept = self.folder / LATEST, self.folder / "checkpoint_latest_kept.pth"
+        keep = self.disable_checkpointing and self.local_rank == 0 and latest.is_file()
+        if keep:
+            latest.rename(kept)
+        super().on_train_end()
+        if keep:
+            kept.rename(latest)
+
+    def leave_if_asked(self) -> None:
+        """After a step: saves and exits if a signal has come. The epoch is repeated when the run goes on.
+
+        Raises:
+            SystemExit: with status 128 + signal.
+        """
+        if self.stop.received is not None:
+            self.save_and_leave()
+
+    def save_and_leave(self) -> None:
+        """Writes ``checkpoint_latest.pth`` and exits.
+
+        Raises:
+            SystemExit: with status 128 + signal.
+        """
+        self.save_checkpoint(str(self.folder / LATEST))
+        where = "" if self.disable_checkpointing else f" Progress is saved in {self.folder / LATEST}."
+        self.print_to_log_file(f"Stopped by {self.stop.name}.{where} Run the same command with --c to go on.")
+        raise SystemExit(self.stop.exit_status)
+
+    def leave_after_training(self) -> None:
+        """Exits if a signal came too late for a step: the training is done, its validation is not.
+
+        Raises:
+            SystemExit: with status 128 + signal.
+        """
+        if self.stop.received is not None:
+            self.print_to_log_file(
+                f"Stopped by {self.stop.name}; the training is done. Run the same command with --c for its validation."
+            )
+            raise SystemExit(self.stop.exit_status)
 
     def checkpoint_weights(self) -> dict[str, torch.Tensor]:
         """The weights that go into a checkpoint."""
         return unwrap(self.network).state_dict()
 
+    def run_state(self) -> dict[str, Any]:
+        """How far the run is, for a checkpoint; nnU-Net saves while ``current_epoch`` still is the one just done."""
+        return {"current_epoch": self.current_epoch + (0 if self.epoch_is_open else 1)}
+
     def save_checkpoint(self, filename: str) -> None:
-        """Writes a checkpoint of plain data, whole or not at all."""
+        """Writes a checkpoint of plain data, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written; the previous one is untouched.
+            RuntimeError: if weights are NaN or infinite; the previous one is untouched.
+        """
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
         folder = self.preprocessed_dataset_folder_base
+        weights = dict(self.checkpoint_weights())
+        self._check_finite(weights, Path(filename))
         checkpoint = {
-            "network_weights": dict(self.checkpoint_weights()),
+            "network_weights": weights,
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
             "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
+            **self.run_state(),
+            "random_state": capture_random_state(),
             "init_args": {**self.my_init_kwargs, "device": str(self.my_init_kwargs["device"])},
             "trainer_name": self.__class__.__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
@@ -135,17 +297,33 @@ class HySparKTrainer(nnUNetTrainer):
         }
         save_atomically(plain(checkpoint), filename)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def _check_finite(self, weights: dict[str, torch.Tensor], path: Path) -> None:
+        wrong = [n for n, t in weights.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        if wrong:
+            good = most_advanced(self.folder)
+            raise RuntimeError(
+                f"{path.name} was not written, because {len(wrong)} weights are NaN or infinite (first {wrong[0]}); "
+                + (f"the last good checkpoint is {good}, " if good else "there is no earlier checkpoint, ")
+                + "go on from there with a lower learning_rate."
+            )
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
         """Restores a run of this trainer.
+
+        With ``--c``, the checkpoint of this run's folder that got furthest is taken, whichever is named; a damaged one
+        is said and passed over.
 
         Raises:
             ValueError: if the file is damaged or was written with another network.
         """
         if not self.was_initialized:
             self.initialize()
-        checkpoint = filename_or_checkpoint
+        checkpoint: Any = filename_or_checkpoint
         if isinstance(checkpoint, (str, os.PathLike)):
-            checkpoint = read_checkpoint(checkpoint)
+            if self.continue_training and not self.was_resumed:
+                checkpoint = self._read_most_advanced(Path(checkpoint))
+            else:
+                checkpoint = read_checkpoint(checkpoint)
         network = unwrap(self.network)
         expected = network.state_dict()
         weights = {name: tensor for name, tensor in checkpoint["network_weights"].items() if name in expected}
@@ -157,7 +335,6 @@ class HySparKTrainer(nnUNetTrainer):
             )
         network.load_state_dict(weights)
         self.my_init_kwargs = {**self.my_init_kwargs, "fold": checkpoint["init_args"]["fold"]}
-        self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])
         self._best_ema = checkpoint["_best_ema"]
         axes = checkpoint.get("inference_allowed_mirroring_axes")
@@ -165,27 +342,61 @@ class HySparKTrainer(nnUNetTrainer):
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        if checkpoint.get("random_state"):
+            restore_random_state(checkpoint["random_state"])
+        self.restore_run_state(checkpoint)
+        self.was_resumed = True
+
+    def restore_run_state(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over what :meth:`run_state` wrote."""
+        self.current_epoch = checkpoint["current_epoch"]
+
+    def _read_most_advanced(self, named: Path) -> dict[str, Any]:
+        damaged = [path for path in checkpoints_in(named.parent) if progress_of(path) is None]
+        while True:
+            path = most_advanced(named.parent, damaged)
+            if path is None:
+                names = ", ".join(p.name for p in damaged) or "none"
+                raise ValueError(
+                    f"no checkpoint in {named.parent} can be read (damaged: {names}); restore one, or start anew "
+                    f"without --c, which moves them aside."
+                )
+            try:
+                checkpoint = read_checkpoint(path)
+            except ValueError as error:
+                self.print_to_log_file(f"WARNING: {error}")
+                damaged.append(path)
+                continue
+            for broken in damaged:
+                self.print_to_log_file(f"WARNING: {broken.name} is damaged and passed over.")
+            epoch, step = progress_of(path) or (0, 0)
+            self.print_to_log_file(f"Going on from {path.name}: {epoch} epochs and {step} steps are done.")
+            return checkpoint
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass, scaled where half precision needs it."""
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
+        """Clips the gradients of all parameters together; returns their norm before that, on the device."""
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
+
+    def update_weights(self, skip: bool = False) -> None:
+        """Optimizer step, or with ``skip`` only what the gradient scaler learns from gradients that are not finite."""
+        if self.grad_scaler is not None:
+            if not skip:
+                self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        elif not skip:
+            self.optimizer.step()
 
     def backward_and_step(self, loss: torch.Tensor, max_norm: float) -> float:
-        """One optimizer step; returns the gradient norm before clipping."""
-        if self.grad_scaler is not None:
-            self.grad_scaler.scale(loss).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        else:
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
-            self.optimizer.step()
-        return float(norm)
-
-
-def split_batch(global_batch: int, world_size: int, rank: int) -> range:
-    """Which samples of a global batch a process makes. Raises ValueError if there are fewer samples than processes."""
-    if global_batch < world_size:
-        raise ValueError(
-            f"the batch size is {global_batch} for {world_size} processes; set batch_size to at least {world_size}."
-        )
-    bounds = np.linspace(0, global_batch, world_size + 1).round().astype(int)
-    return range(int(bounds[rank]), int(bounds[rank + 1]))
+        """One optimizer step; returns the gradient norm before clipping. Leaves if a signal has come."""
+        self.backward(loss)
+        norm = self.clip_gradients(max_norm)
+        self.update_weights()
+        value = float(norm)
+        self.leave_if_asked()
+        return value

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..data.cases import image_shape, random_corner, read_crop
 from ..geometry import Size3
-from ..masking import upsample_mask
-from ..pretext.hyspark import HySparK, denormalise, reconstruction_loss
+from ..pretext.hyspark import HySparK
 from .pictures import save_reconstruction_picture
+from .reconstruction import reconstruct
 
 CROPS_PER_CASE = 4
 
+UNITS = {
+    "loss": "mean squared error on masked cells, in units of each cell's variance",
+    "masked_mae": "mean absolute error on masked voxels, preprocessed intensities, each cell's own mean and deviation "
+    "restored",
+}
 
-@torch.no_grad()
+
 def validate_cases(
     network: HySparK,
     cases: Sequence[tuple[str, Path]],
     patch_size: Size3,
-    spacing: tuple[float, ...],
+    spacing: tuple[float, float, float],
     mask_ratio: float,
     seed: int,
     device: torch.device,
     folder: Path,
     log: Callable[..., None],
-) -> list[dict]:
+    first: int = 0,
+    every: int = 1,
+) -> list[dict[str, Any]]:
     """Reconstructs crops of every case, the first from its middle, with fixed masks, and draws the first.
 
     Args:
@@ -41,38 +50,47 @@ def validate_cases(
         device: where to compute.
         folder: where the pictures go.
         log: takes a line.
+        first, every: which of the cases this process does; crops and masks do not depend on it.
 
     Returns:
-        Per case ``case``, ``loss`` (see :func:`reconstruction_loss`), ``masked_mae`` and ``picture``.
+        Per case ``case``, ``loss``, ``masked_mae`` (see :data:`UNITS`) and ``picture``.
     """
     results = []
-    for index, (name, path) in enumerate(cases):
+    for index, (name, path) in list(enumerate(cases))[first::every]:
         shape = image_shape(path)
         rng = np.random.default_rng((seed, 2, index))
-        middle = [(extent - edge) // 2 for extent, edge in zip(shape, patch_size)]
-        fits = all(extent <= edge for extent, edge in zip(shape, patch_size))
-        corners = [middle] + [random_corner(shape, patch_size, rng) for _ in range(0 if fits else CROPS_PER_CASE - 1)]
-        losses, errors = [], []
+        corners = [middle_corner(shape, patch_size)]
+        if any(extent > edge for extent, edge in zip(shape, patch_size)):
+            corners += [random_corner(shape, patch_size, rng) for _ in range(CROPS_PER_CASE - 1)]
+        parts = [
+            reconstruct(network, read_crop(path, corner, patch_size), mask_ratio, int(rng.integers(2**62)), device)
+            for corner in corners
+        ]
         picture = folder / f"{name}.png"
-        for number, corner in enumerate(corners):
-            image = torch.from_numpy(read_crop(path, corner, patch_size))[None].to(device)
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            visible = network.draw_mask(1, patch_size, mask_ratio, generator).to(device)
-            prediction = network(image, visible)
-            losses.append(reconstruction_loss(image, prediction, visible).item())
-            restored = denormalise(image, prediction, visible)
-            seen = upsample_mask(visible, network.encoder.junction_stride)
-            errors.append((restored - image).abs()[(~seen).expand_as(image)].mean().item())
-            if number == 0:
-                save_reconstruction_picture(
-                    picture,
-                    image[0, 0].float().cpu().numpy(),
-                    seen[0, 0].cpu().numpy(),
-                    restored[0, 0].cpu().numpy(),
-                    (spacing[0], spacing[1], spacing[2]),
-                    f"{name}: {mask_ratio:.0%} masked, loss {losses[0]:.3f}",
-                )
-        results.append({"case": name, "loss": float(np.mean(losses)), "masked_mae": float(np.mean(errors)),
-                        "picture": picture.name})
-        log(f"reconstructed {name}: loss {results[-1]['loss']:.4f}")
+        title = f"{name}: {mask_ratio:.0%} masked, loss {parts[0].loss:.3f}"
+        save_reconstruction_picture(
+            picture, parts[0].image[0], parts[0].visible, parts[0].restored[0], spacing, title
+        )
+        loss = float(np.mean([part.loss for part in parts]))
+        error = float(np.mean([part.masked_mae for part in parts]))
+        results.append({"case": name, "loss": loss, "masked_mae": error, "picture": picture.name})
+        log(f"reconstructed {name}: loss {loss:.4f}")
     return results
+
+
+def middle_corner(shape: Size3, patch_size: Size3) -> list[int]:
+    """First voxel of a box in the middle of an image."""
+    return [(extent - edge) // 2 for extent, edge in zip(shape, patch_size)]
+
+
+def write_summary(path: Path, results: Sequence[Mapping[str, Any]], mask_ratio: float) -> dict[str, float]:
+    """Writes ``summary.json`` and returns the means over cases."""
+    means = {key: float(np.mean([r[key] for r in results])) for key in UNITS}
+    summary = {
+        "metric_per_case": sorted(results, key=lambda r: r["case"]),
+        "mean": means,
+        "mask_ratio": mask_ratio,
+        "units": UNITS,
+    }
+    path.write_text(json.dumps(summary, indent=2))
+    return means

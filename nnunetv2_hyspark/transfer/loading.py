@@ -1,89 +1,296 @@
-"""Loading a pre-trained encoder into a segmentation network."""
+"""Loading pre-trained weights into a network: all of the encoder, or nothing and the reason."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..geometry import as_size3
+from .adaptation import adapt_channels, adapt_kernel
+from .official import is_official
 from .reading import network_weights, read_checkpoint
-from .report import Entry, LoadReport
+from .report import Entry, LoadReport, summarise
 
 ENCODER = "encoder."
 
+_BLOCK = re.compile(r"^(encoder\.cnn\.stages\.\d+|encoder\.transformer\.blocks)\.\d+\.")
+# the last layers of a residual branch: with zeros in them the block is the identity
+_LAST = (
+    ".compress.weight", ".compress.bias", ".attn.proj.weight", ".attn.proj.bias", ".mlp.fc2.weight", ".mlp.fc2.bias",
+)
 
-def load_encoder(network: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> LoadReport:
-    """Copies every ``encoder.*`` tensor into the network; everything else of the network stays as it is.
+
+def load_pretrained_encoder(
+    network: nn.Module,
+    filename: str | os.PathLike[str],
+    allow_partial: bool = False,
+    channels: Sequence[int] = (),
+) -> LoadReport:
+    """Reads a checkpoint file and loads its encoder; see :func:`load_encoder`.
+
+    The segmentation decoder, its last layers aside, is loaded too where the file holds a trained one: a checkpoint of
+    fine-tuning or of nnU-Net's own trainer. The one in a pre-training checkpoint is untrained.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be used. The network is then unchanged.
+    """
+    checkpoint = read_checkpoint(filename)
+    description = checkpoint.get("hyspark")
+    description = description if isinstance(description, Mapping) else {}
+    trained = ("decoder.",) if description.get("kind") != "pretraining" else ()
+    weights = network_weights(checkpoint, filename)
+    return load_encoder(network, weights, str(filename), description, allow_partial, channels, trained)
+
+
+def load_pretraining(network: nn.Module, filename: str | os.PathLike[str], allow_partial: bool = False) -> LoadReport:
+    """Reads a checkpoint file to go on pre-training: the encoder, and the reconstruction decoder where it fits."""
+    checkpoint = read_checkpoint(filename)
+    description = checkpoint.get("hyspark")
+    description = description if isinstance(description, Mapping) else {}
+    weights = network_weights(checkpoint, filename)
+    return load_encoder(network, weights, str(filename), description, allow_partial, (), ("reconstruction.",))
+
+
+def load_encoder(
+    network: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    source: str,
+    description: Mapping[str, Any] | None = None,
+    allow_partial: bool = False,
+    channels: Sequence[int] = (),
+    optional: tuple[str, ...] = (),
+) -> LoadReport:
+    """Copies every ``encoder.*`` tensor into the network, adapted to its input channels and kernel sizes.
 
     Args:
         network: has an ``encoder``.
         weights: under our names.
         source: for messages.
+        description: what the checkpoint says about itself; heads and strides, which no shape shows, are compared.
+        allow_partial: take what fits of an encoder of other depth, width, heads or strides. Additional blocks of a
+            stage then start as the identity.
+        channels: see :func:`nnunetv2_hyspark.transfer.adaptation.adapt_channels`.
+        optional: prefixes of other parts that are loaded where they fit.
 
     Returns:
-        What was loaded, left fresh and skipped.
+        What was loaded, adapted, left fresh and skipped.
 
     Raises:
-        ValueError: if the source does not cover the network's whole encoder, or a shape differs. The network is then
-            unchanged.
+        ValueError: if the source and the network's encoder do not cover each other, unless ``allow_partial``; or if
+            the source has no encoder, or holds NaN. The network is then unchanged.
     """
     target = network.state_dict()
-    report = LoadReport(source)
+    if is_official(weights):
+        raise ValueError(f"{source} is a file of the official HySparK release; convert it first with 'hyspark import'.")
     if not any(name.startswith(ENCODER) for name in weights):
         some = ", ".join(sorted(weights)[:4])
         raise ValueError(
             f"{source} has no encoder weights (its first ones: {some}); expected a checkpoint of "
             f"HySparKPretrainTrainer, or one converted with 'hyspark import'."
         )
-    update, missing, misfits = {}, [], []
-    for name, tensor in target.items():
-        if not name.startswith(ENCODER):
-            report.entries.append(Entry(name, "fresh", None, tuple(tensor.shape), "not part of the encoder"))
-        elif name not in weights:
-            missing.append(name)
-        elif weights[name].shape != tensor.shape:
-            misfits.append(f"{name}: {tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in the network")
-        else:
-            update[name] = weights[name]
-            report.entries.append(Entry(name, "loaded", tuple(weights[name].shape), tuple(tensor.shape)))
-    if missing or misfits:
-        raise ValueError(_mismatch(source, missing, misfits, target, weights))
-    for name, tensor in weights.items():
-        if name not in update:
-            reason = "pre-training only" if name.startswith("reconstruction.") else "not used by this network"
-            if not name.startswith("decoder."):
-                report.entries.append(Entry(name, "skipped", tuple(tensor.shape), None, reason))
-    non_finite = [name for name, tensor in update.items() if not torch.isfinite(tensor).all()]
-    if non_finite:
-        raise ValueError(f"{source} holds NaN or infinite weights in {non_finite[0]}; use an earlier checkpoint.")
-    network.load_state_dict(update, strict=False)
+    report = LoadReport(source, notes=source_notes(description or {}))
+    plan = _Plan(network, target, weights, channels, optional)
+    hidden = hidden_differences(network, description or {})
+    problems = plan.problems() + [text for _, text in hidden]
+    if problems and not allow_partial:
+        raise ValueError(
+            f"{source} does not cover this network's encoder ({'; '.join(problems)}); plan the data set like the "
+            f"pre-training one, or set finetuning.allow_partial=true to take what fits."
+        )
+    if any(name == "heads" for name, _ in hidden):
+        plan.drop(r"^encoder\.transformer\.blocks\.\d+\.attn\.", "trained with another number of attention heads")
+    report.notes += [f"partial load: {problem}" for problem in problems]
+    update, entries = plan.carry_out()
+    if not any(name.startswith(ENCODER) and entry.action != "fresh" for name, entry in entries.items()):
+        raise ValueError(f"{source} has no encoder weight that fits this network; use another checkpoint or plan.")
+    report.entries += list(entries.values())
+    report.entries += plan.skipped()
+    _copy(target, update, source)
     return report
 
 
-def _mismatch(
-    source: str,
-    missing: list[str],
-    misfits: list[str],
-    target: Mapping[str, torch.Tensor],
-    weights: Mapping[str, torch.Tensor],
-) -> str:
-    stem = "encoder.cnn.stem.weight"
-    if stem in target and stem in weights and target[stem].shape[1] != weights[stem].shape[1]:
-        return (
-            f"{source} was pre-trained on {weights[stem].shape[1]} input channel(s), the data set has "
-            f"{target[stem].shape[1]}; pre-train on images with as many channels."
-        )
-    problems = [f"missing {name}" for name in missing] + misfits
-    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    return (
-        f"{source} does not fit this network's encoder ({shown}); plan the data set like the pre-training one, with "
-        f"the same strides, kernel sizes and widths."
-    )
+class _Plan:
+    """Which tensor of the source goes where, before anything is changed."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        target: Mapping[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+        channels: Sequence[int],
+        optional: tuple[str, ...],
+    ):
+        self.target = target
+        self.weights = weights
+        self.optional = optional
+        self.wanted = [name for name in target if name.startswith((ENCODER, *optional)) and ".seg_layers." not in name]
+        self.misfits: dict[str, str] = {}  # by shape
+        self.reasons: dict[str, str] = {}  # why a tensor of the source cannot be used
+        self.fitted: dict[str, tuple[torch.Tensor, str]] = {}
+        first = next((t for name, t in target.items() if name.startswith(ENCODER) and t.ndim == 5), None)
+        for name in self.wanted:
+            if name in weights:
+                is_first = first is not None and target[name].data_ptr() == first.data_ptr()
+                try:
+                    self.fitted[name] = _fit(weights[name], target[name], channels if is_first else (), is_first)
+                except _DoesNotFit as error:
+                    self.misfits[name] = str(error)
+        self.reasons.update(self.misfits)
+        self._keep_layers_whole()
+
+    def _keep_layers_whole(self) -> None:
+        """A weight without its bias, or the other way round, is worth nothing."""
+        broken = {name.rpartition(".")[0] for name in self.wanted if name not in self.fitted}
+        for name in [name for name in self.fitted if name.rpartition(".")[0] in broken]:
+            del self.fitted[name]
+            self.reasons[name] = "the rest of its layer does not fit"
+
+    def drop(self, pattern: str, reason: str) -> None:
+        """Leaves tensors out."""
+        for name in [name for name in self.fitted if re.match(pattern, name)]:
+            del self.fitted[name]
+            self.reasons[name] = reason
+
+    def problems(self) -> list[str]:
+        """What keeps source and target from covering each other's encoder, in words."""
+        encoder = [name for name in self.wanted if name.startswith(ENCODER)]
+        missing = [name for name in encoder if name not in self.weights]
+        surplus = [name for name in self.weights if name.startswith(ENCODER) and name not in self.target]
+        misfits = [f"{name} {self.misfits[name]}" for name in encoder if name in self.misfits]
+        problems = [f"missing {summarise(missing)}"] if missing else []
+        if misfits:
+            problems.append(", ".join(misfits[:4]) + (f" and {len(misfits) - 4} more" if len(misfits) > 4 else ""))
+        has_transformer = any(name.startswith("encoder.transformer.") for name in self.target)
+        if not has_transformer:  # leaving the transformer out is a choice of the plan
+            surplus = [name for name in surplus if not name.startswith("encoder.transformer.")]
+        if surplus:
+            problems.append(f"the network has no place for {summarise(surplus)}")
+        return problems
+
+    def carry_out(self) -> tuple[dict[str, torch.Tensor], dict[str, Entry]]:
+        """New values, and what to report, per tensor of the target."""
+        known = {match.group(1) for name in self.weights if (match := _BLOCK.match(name))}
+        update: dict[str, torch.Tensor] = {}
+        entries: dict[str, Entry] = {}
+        for name, tensor in self.target.items():
+            shape = tuple(tensor.shape)
+            block = _BLOCK.match(name)
+            if name in self.fitted:
+                update[name], how = self.fitted[name]
+                entries[name] = Entry(name, "adapted" if how else "loaded", tuple(self.weights[name].shape), shape, how)
+            elif name not in self.wanted:
+                part = "segmentation layer" if ".seg_layers." in name else "not part of the encoder"
+                entries[name] = Entry(name, "fresh", None, shape, part)
+            elif name in self.reasons:
+                entries[name] = Entry(name, "fresh", tuple(self.weights[name].shape), shape, self.reasons[name])
+            elif block and block.group(1) in known and not any(n.startswith(block.group(0)) for n in self.weights):
+                reason = "additional block, starts as the identity"
+                entries[name] = Entry(name, "fresh", None, shape, reason)
+                if name.endswith(_LAST):
+                    update[name] = torch.zeros(shape)
+            else:
+                entries[name] = Entry(name, "fresh", None, shape, "not in the file")
+        return update, entries
+
+    def skipped(self) -> list[Entry]:
+        """What of the source is not used."""
+        entries = []
+        for name, tensor in self.weights.items():
+            if name in self.fitted or name in self.reasons:
+                continue
+            reason = "not used by this network"
+            if name.startswith("reconstruction."):
+                reason = "pre-training only"
+            elif name.startswith("decoder."):
+                reason = "segmentation layer" if ".seg_layers." in name else "untrained in a pre-training checkpoint"
+            entries.append(Entry(name, "skipped", tuple(tensor.shape), None, reason))
+        return entries
 
 
-def load_pretrained_encoder(network: nn.Module, filename: str | os.PathLike[str]) -> LoadReport:
-    """Reads a checkpoint file and loads its encoder; see :func:`load_encoder` and :func:`read_checkpoint`."""
-    checkpoint = read_checkpoint(filename)
-    return load_encoder(network, network_weights(checkpoint, filename), str(filename))
+class _DoesNotFit(ValueError):
+    """A tensor cannot be brought to the target's shape."""
+
+
+def _fit(
+    tensor: torch.Tensor, target: torch.Tensor, channels: Sequence[int], is_first: bool
+) -> tuple[torch.Tensor, str]:
+    if target.is_floating_point() != tensor.is_floating_point():
+        raise _DoesNotFit(f"is {tensor.dtype} in the file, {target.dtype} in the network")
+    done = []
+    misfit = f"is {tuple(tensor.shape)} in the file, {tuple(target.shape)} in the network"
+    if tensor.ndim != target.ndim or tensor.shape[:1] != target.shape[:1]:
+        raise _DoesNotFit(misfit)
+    if is_first:
+        tensor, how = adapt_channels(tensor, target.shape[1], channels)
+        done.append(how)
+    if tensor.shape[1:2] != target.shape[1:2]:
+        raise _DoesNotFit(misfit)
+    if tensor.ndim == 5 and tensor.shape != target.shape:
+        try:
+            tensor, how = adapt_kernel(tensor, target.shape[2:])
+        except ValueError as error:
+            raise _DoesNotFit(f"has {error}") from None
+        done.append(how)
+    if tensor.shape != target.shape:
+        raise _DoesNotFit(misfit)
+    return tensor, "; ".join(how for how in done if how)
+
+
+def _copy(target: Mapping[str, torch.Tensor], update: Mapping[str, torch.Tensor], source: str) -> None:
+    for name, tensor in update.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source} holds NaN or infinite weights in {name}; use an earlier checkpoint.")
+    with torch.no_grad():
+        for name, tensor in update.items():
+            target[name].copy_(tensor)
+
+
+def hidden_differences(network: nn.Module, description: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Heads and strides in which a checkpoint's network differs from this one; no tensor's shape shows them.
+
+    Returns:
+        ``("heads" or "strides", what differs)``; nothing where the checkpoint does not say.
+    """
+    kwargs: Any = description.get("architecture")
+    kwargs = kwargs.get("arch_kwargs") if isinstance(kwargs, Mapping) else None
+    if not isinstance(kwargs, Mapping):
+        return []
+    encoder: Any = network.encoder
+    differences = []
+    heads = kwargs.get("transformer_heads")
+    blocks = getattr(getattr(encoder, "transformer", None), "blocks", None)
+    if blocks is not None and len(blocks) and isinstance(heads, int) and kwargs.get("transformer_depth"):
+        here = blocks[0].attn.num_heads
+        if heads != here:
+            differences.append(("heads", f"its transformer has {heads} attention heads, this network's {here}"))
+    try:
+        strides = [as_size3(stride) for stride in kwargs.get("strides", ())]
+    except (TypeError, ValueError):
+        strides = []
+    if strides and strides != list(encoder.strides):
+        differences.append((
+            "strides",
+            f"its strides are {[list(s) for s in strides]}, this network's {[list(s) for s in encoder.strides]}",
+        ))
+    return differences
+
+
+def source_notes(description: Mapping[str, Any]) -> list[str]:
+    """What a user compares with the own data: where the weights come from and how their images were prepared."""
+    configuration = description.get("configuration")
+    configuration = configuration if isinstance(configuration, Mapping) else {}
+    facts = {
+        "data set": description.get("dataset_name"),
+        "channels": description.get("channel_names"),
+        "spacing in mm": configuration.get("spacing"),
+        "normalization": configuration.get("normalization_schemes"),
+        "patch size": configuration.get("patch_size"),
+        "origin": description.get("origin"),
+    }
+    return [f"trained with {name}: {value}" for name, value in facts.items() if value]

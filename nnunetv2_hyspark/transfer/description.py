@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,27 @@ def fingerprint_digest(preprocessed_folder: str | Path) -> str:
     """SHA-256 of a data set's fingerprint, or "unknown" where there is none."""
     path = Path(preprocessed_folder) / "dataset_fingerprint.json"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "unknown"
+
+
+def check_format(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Accepts files of others, of this format version and of older ones.
+
+    Raises:
+        ValueError: if a newer version of this package wrote the file.
+    """
+    version = format_version(checkpoint)
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has checkpoint format {version}, this version of nnunetv2-hyspark reads up to {FORMAT_VERSION}; "
+            f"upgrade it with: pip install --upgrade nnunetv2-hyspark."
+        )
+
+
+def format_version(checkpoint: Mapping[str, Any]) -> int:
+    """The format version of a checkpoint of ours; 0 for files of others and for files from before there was one."""
+    description = checkpoint.get("hyspark")
+    version = description.get("format_version") if isinstance(description, Mapping) else 0
+    return version if isinstance(version, int) else 0
 
 
 def describe(

@@ -1,0 +1,88 @@
+"""Preprocessed images in nnU-Net's formats, whole and damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+
+from nnunetv2_hyspark.data.cases import find_image, image_shape, random_corner, read_crop
+
+SHAPE = (2, 9, 8, 7)
+
+
+def write(folder: Path, ending: str, array: np.ndarray) -> Path:
+    path = folder / f"case{ending}"
+    if ending == ".b2nd":
+        blosc2.asarray(array, urlpath=str(path))
+    elif ending == ".npy":
+        np.save(path, array)
+    else:
+        np.savez(path, data=array, seg=array[:1])
+    return path
+
+
+@pytest.fixture(params=[".b2nd", ".npy", ".npz"])
+def image(request, tmp_path: Path) -> tuple[Path, np.ndarray]:
+    array = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    return write(tmp_path, request.param, array), array
+
+
+def test_a_crop_is_the_image_with_zeros_outside(image) -> None:
+    path, array = image
+    assert find_image(path.parent, "case") == path
+    assert image_shape(path) == SHAPE[1:]
+    assert np.array_equal(read_crop(path, (1, 2, 3), (4, 4, 4)), array[:, 1:5, 2:6, 3:7])
+    wide = read_crop(path, (-2, 0, 3), (4, 10, 4))
+    assert wide.shape == (2, 4, 10, 4) and wide.dtype == np.float32
+    assert np.array_equal(wide[:, 2:, :8], array[:, :2, :, 3:7])
+    assert not wide[:, :2].any() and not wide[:, :, 8:].any()
+
+
+def test_a_damaged_file_is_named(image) -> None:
+    path, _ = image
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"case\.\w+ is (not readable|damaged).*nnUNetv2_preprocess"):
+        image_shape(path)
+        read_crop(path, (0, 0, 0), (4, 4, 4))
+
+
+def test_flipped_bits_never_pass_as_nan_or_crash(image) -> None:
+    path, array = image
+    original = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        data = bytearray(original)
+        data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(data))
+        try:
+            crop = read_crop(path, (0, 0, 0), image_shape(path))
+        except ValueError as error:
+            assert "case" in str(error)
+        else:
+            assert np.isfinite(crop).all()
+
+
+def test_a_vanished_file() -> None:
+    with pytest.raises(FileNotFoundError):
+        image_shape(Path("nowhere.b2nd"))
+    with pytest.raises(FileNotFoundError, match=r"expected case\.b2nd or \.npz"):
+        find_image("nowhere", "case")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_not_finite_are_counted(tmp_path: Path, value: float) -> None:
+    array = np.zeros(SHAPE, dtype=np.float32)
+    array[0, 0, 0, :3] = value
+    path = write(tmp_path, ".npy", array)
+    with pytest.raises(ValueError, match="case case holds 3 NaN or infinite voxels"):
+        read_crop(path, (0, 0, 0), (4, 4, 4))
+    assert np.isfinite(read_crop(path, (1, 0, 0), (4, 4, 4))).all()
+
+
+def test_corners_cover_all_places() -> None:
+    rng = np.random.default_rng(0)
+    corners = np.array([random_corner((10, 4, 6), (8, 4, 9), rng) for _ in range(200)])
+    assert set(corners[:, 0]) == {0, 1, 2} and set(corners[:, 1]) == {0} and set(corners[:, 2]) == {-3, -2, -1, 0}

@@ -1,0 +1,44 @@
+"""A pre-training trainer on a tiny synthetic data set, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunetv2_hyspark.training.progress import PretrainingLog
+from tests.training.small_dataset import NAME, SETTINGS, write_small_dataset
+
+
+@pytest.fixture
+def small_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of nnU-Net in a temporary place, with a preprocessed data set; returns the data set's folder."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    return write_small_dataset(tmp_path / "preprocessed")
+
+
+@pytest.fixture
+def make_trainer(small_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Makes a trainer: ``make_trainer("key=value", continue_training=True)``; ``draw`` for progress.png."""
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def make(settings: str = "", continue_training: bool = False, draw: bool = False):
+        if not draw:
+            monkeypatch.setattr(PretrainingLog, "plot_progress_png", lambda self, folder: None)
+        monkeypatch.setenv("nnUNet_hyspark", f"{SETTINGS},{settings}".rstrip(","))
+        trainer = get_trainer_from_args(
+            NAME, "3d_fullres", 0, "HySparKPretrainTrainer", "nnUNetPlans", continue_training, torch.device("cpu")
+        )
+        maybe_load_checkpoint(trainer, continue_training, False, None)
+        return trainer
+
+    yield make
+    torch.set_num_threads(threads)

@@ -1,0 +1,322 @@
+"""Runs of the pre-training trainer: stopped and gone on with, started anew, with broken data and broken losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in, kept_name
+from nnunetv2_hyspark.transfer.reading import read_checkpoint
+
+REPRODUCIBLE = ("train_losses", "val_losses", "gradient_norms", "lrs", "effective_rank", "background_crops")
+
+
+def logged(trainer) -> dict[str, list[float]]:
+    log = trainer.logger.local_logger.my_fantastic_logging
+    return {key: log[key] for key in REPRODUCIBLE}
+
+
+def stop_after(trainer, steps: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Sends this process a signal at the start of a step."""
+    original = trainer.compute_loss
+    calls = []
+
+    def compute_loss(image, visible):
+        calls.append(1)
+        if len(calls) == steps:
+            os.kill(os.getpid(), number)
+        return original(image, visible)
+
+    trainer.compute_loss = compute_loss
+
+
+@pytest.mark.parametrize(
+    ("number", "steps", "done"),
+    # an epoch has 3 training and 2 validation steps; the 5th loss is in the first validation, the 7th in the next epoch
+    [
+        (signal.SIGTERM, 1, (0, 1)),
+        (signal.SIGTERM, 5, (0, 3)),
+        (signal.SIGTERM, 7, (1, 2)),
+        (signal.SIGINT, 7, (1, 2)),
+        (signal.SIGUSR1, 7, (1, 2)),
+    ],
+)
+def test_stopped_and_resumed_is_bit_equal(make_trainer, tmp_path, number, steps, done):
+    whole = make_trainer()
+    whole.run_training()
+    reference = read_checkpoint(whole.folder / FINAL)
+    shutil.rmtree(tmp_path / "results")
+    (tmp_path / "results").mkdir()
+
+    first = make_trainer()
+    stop_after(first, steps, number)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as left:
+        first.run_training()
+    assert left.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    second = make_trainer(continue_training=True)
+    assert (second.current_epoch, second.so_far.step) == done
+    second.run_training()
+
+    assert logged(second) == logged(whole)
+    resumed = read_checkpoint(second.folder / FINAL)
+    for name, tensor in reference["network_weights"].items():
+        assert torch.equal(tensor, resumed["network_weights"][name]), name
+    for index, state in reference["optimizer_state"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, resumed["optimizer_state"]["state"][index][key])
+    assert torch.equal(reference["random_state"]["torch"], resumed["random_state"]["torch"])
+
+
+def test_random_state_is_restored(make_trainer):
+    first = make_trainer()
+    stop_after(first, 2)
+    with pytest.raises(SystemExit):
+        first.run_training()
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    make_trainer(continue_training=True)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+
+
+def test_starting_anew_moves_the_earlier_run_aside(make_trainer):
+    first = make_trainer()
+    first.run_training()
+    (first.folder / "validation").mkdir()
+    weights = (first.folder / FINAL).read_bytes()
+    second = make_trainer("pretraining.seed=1")
+    second.run_training()
+    (earlier,) = second.folder.glob("earlier_run_*")
+    assert (earlier / FINAL).read_bytes() == weights
+    assert (earlier / "validation").is_dir()
+    assert (second.folder / FINAL).read_bytes() != weights
+    assert "moves" not in second.folder.name and "--c" in Path(second.log_file).read_text()
+
+
+def test_goes_on_from_the_furthest_checkpoint_not_from_an_old_final_one(make_trainer):
+    make_trainer().run_training()
+    longer = make_trainer("pretraining.epochs=6", continue_training=True)
+    stop_after(longer, 7)
+    with pytest.raises(SystemExit):
+        longer.run_training()
+    assert (longer.folder / FINAL).is_file()
+    again = make_trainer("pretraining.epochs=6", continue_training=True)
+    assert (again.current_epoch, again.so_far.step) == (4, 2)
+
+
+def test_a_damaged_checkpoint_is_passed_over(make_trainer):
+    first = make_trainer("save_minutes=0.000001")
+    stop_after(first, 8)
+    with pytest.raises(SystemExit):
+        first.run_training()
+    latest = first.folder / LATEST
+    data = bytearray(latest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    latest.write_bytes(bytes(data))
+    second = make_trainer(continue_training=True)
+    assert (second.current_epoch, second.so_far.step) == (1, 0), "checkpoint_best is from the end of epoch 0"
+    assert LATEST in Path(second.log_file).read_text()
+    for path in checkpoints_in(first.folder):
+        path.write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(ValueError, match="can be read"):
+        make_trainer(continue_training=True)
+
+
+def test_policy(make_trainer):
+    trainer = make_trainer("keep_every=2,pretraining.save_every=1")
+    saved = []
+    original = trainer.save_checkpoint
+    trainer.save_checkpoint = lambda name: (saved.append(Path(name).name), original(name))
+    trainer.run_training()
+    assert saved.count(LATEST) == 2 and saved[-1] == FINAL and saved.count(kept_name(2)) == 1
+    assert {p.name for p in checkpoints_in(trainer.folder)} == {BEST, FINAL, kept_name(2)}
+    best = min(trainer.logger.get_value("val_losses", step=None))
+    assert read_checkpoint(trainer.folder / BEST)["_best_ema"] == best
+
+
+def test_disabled_checkpointing_deletes_nothing(make_trainer):
+    first = make_trainer()
+    stop_after(first, 4)
+    with pytest.raises(SystemExit):
+        first.run_training()
+    second = make_trainer(continue_training=True)
+    second.disable_checkpointing = True
+    before = (second.folder / LATEST).read_bytes()
+    second.run_training()
+    assert (second.folder / LATEST).read_bytes() == before
+    assert [p.name for p in checkpoints_in(second.folder)] == [LATEST]
+
+
+def test_a_full_disk_is_survived_until_the_end(make_trainer, monkeypatch):
+    trainer = make_trainer("pretraining.save_every=1")
+    original = torch.save
+    attempts = []
+
+    def full(checkpoint, stream, *args, **kwargs):
+        attempts.append(1)
+        if 2 <= len(attempts) <= 4:
+            raise OSError(28, "No space left on device")
+        return original(checkpoint, stream, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer.run_training()
+    text = Path(trainer.log_file).read_text()
+    assert "No space left on device" in text and "the previous one is untouched" in text
+    assert (trainer.folder / FINAL).is_file()
+    assert not list(trainer.folder.glob(".*.part"))
+
+
+def break_losses(trainer, steps: set[int], value: float = math.nan) -> None:
+    original = trainer.compute_loss
+    trainer.compute_loss = lambda image, visible: original(image, visible) * (
+        value if trainer.network.training and trainer.step in steps else 1.0
+    )
+
+
+def test_a_step_without_finite_loss_is_stored_and_skipped(make_trainer):
+    trainer = make_trainer()
+    break_losses(trainer, {4})
+    trainer.run_training()
+    record = json.loads((trainer.folder / "incidents" / "step_00000004_rank_0.json").read_text())
+    stored = torch.load(trainer.folder / "incidents" / "step_00000004_rank_0.pt", weights_only=True)
+    batch = trainer.dataloader_train.dataset[4]
+    assert torch.equal(stored["data"], batch["data"]) and torch.equal(stored["visible"], batch["visible"])
+    assert [s["case"] for s in record["samples"]] == batch["keys"]
+    assert [s["mask_seed"] for s in record["samples"]] == batch["mask_seeds"]
+    assert trainer.logger.get_value("skipped_steps", step=None) == [0, 1, 0]
+    assert all(map(math.isfinite, trainer.logger.get_value("train_losses", step=None)))
+    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
+
+
+def test_too_many_steps_without_finite_loss_end_the_run_with_good_weights(make_trainer):
+    trainer = make_trainer("max_bad_steps=3")
+    break_losses(trainer, set(range(4, 100)), math.inf)
+    with pytest.raises(RuntimeError, match="3 steps in a row.*step 6 in epoch 2"):
+        trainer.run_training()
+    checkpoint = read_checkpoint(trainer.folder / LATEST)
+    assert all(torch.isfinite(t).all() for t in checkpoint["network_weights"].values() if t.is_floating_point())
+
+
+def test_weights_that_are_not_finite_overwrite_nothing(make_trainer):
+    trainer = make_trainer()
+    trainer.run_training()
+    before = (trainer.folder / FINAL).read_bytes()
+    with torch.no_grad():
+        next(trainer.network.parameters()).fill_(math.nan)
+    with pytest.raises(RuntimeError, match="NaN or infinite.*last good"):
+        trainer.save_checkpoint(str(trainer.folder / FINAL))
+    assert (trainer.folder / FINAL).read_bytes() == before
+
+
+def test_a_broken_case_stops_by_default_and_is_named(make_trainer, small_dataset):
+    folder = small_dataset / "nnUNetPlans_3d_fullres"
+    trainer = make_trainer()
+    train, _ = trainer.do_split()
+    for name in train:
+        (folder / f"{name}.b2nd").write_bytes((folder / f"{name}.b2nd").read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"case_\d\d.*on_broken_case=skip"):
+        trainer.run_training()
+
+
+def test_a_broken_and_a_vanished_case_can_be_skipped(make_trainer, small_dataset):
+    folder = small_dataset / "nnUNetPlans_3d_fullres"
+    trainer = make_trainer("on_broken_case=skip,iterations_per_epoch=12")
+    train, _ = trainer.do_split()
+    (folder / f"{train[0]}.b2nd").write_bytes(b"")
+    (folder / f"{train[1]}.b2nd").unlink()
+    trainer.run_training()
+    text = Path(trainer.log_file).read_text()
+    assert train[0] in text and train[1] in text and "another case is used" in text
+
+
+def test_accumulation_does_not_change_the_result(make_trainer):
+    def gradients(settings: str) -> torch.Tensor:
+        trainer = make_trainer(f"batch_size=6,{settings}")
+        trainer.on_train_start()
+        trainer.network.double()
+        batch = next(trainer.dataloader_train)
+        batch["data"] = batch["data"].double()
+        trainer.train_step(batch)
+        return torch.cat([p.grad.flatten() for p in trainer.network.parameters()])
+
+    at_once = gradients("accumulate=1")
+    for parts in (2, 4, 100):
+        assert torch.allclose(gradients(f"accumulate={parts}"), at_once, rtol=1e-9, atol=1e-12)
+
+
+def test_everything_that_is_watched_is_logged(make_trainer):
+    seen = []
+
+    class Listener:
+        def log(self, key, value, step):
+            seen.append((key, step))
+
+        def update_config(self, config): ...
+
+        def log_summary(self, key, value): ...
+
+    trainer = make_trainer("preview_every=1,preview_cases=1,probe_dataset=997,probe_every=2,probe_cases=1", draw=True)
+    trainer.logger.loggers.append(Listener())
+    trainer.run_training()
+    log = trainer.logger.local_logger.my_fantastic_logging
+    for key in ("train_losses", "val_losses", "lrs", "weight_decays", "gradient_norms", "crops_per_second",
+                "waiting_for_data", "peak_memory_gb", "effective_rank", "reconstruction_deviation"):
+        assert len(log[key]) == 3 and np.isfinite(log[key]).all(), key
+        assert {(key, epoch) for epoch in range(3)} <= set(seen)
+    assert len(log["probe_dice"]) == 3 and np.isfinite(log["probe_dice"]).all()
+    assert (trainer.folder / "progress.png").stat().st_size > 10_000
+    assert len(list((trainer.folder / "previews").glob("*/epoch_*.png"))) == 3
+    assert len(list((trainer.folder / "previews").glob("*_over_time.png"))) == 1
+    assert "to go" in Path(trainer.log_file).read_text()
+
+
+def test_watching_changes_nothing(make_trainer):
+    quiet = make_trainer()
+    quiet.run_training()
+    watched = make_trainer("preview_every=1,probe_dataset=997,probe_every=1,probe_cases=1")
+    watched.run_training()
+    assert logged(quiet) == logged(watched)
+
+
+def test_tensorboard_is_missed_in_a_sentence(make_trainer, monkeypatch):
+    import builtins
+
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if "tensorboard" in name and not name.startswith("nnunetv2_hyspark"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    trainer = make_trainer("tensorboard=true")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(RuntimeError, match="TensorBoard is not installed; run: pip install"):
+        trainer.run_training()
+
+
+def test_a_probe_data_set_that_is_not_there_ends_the_run_at_its_start(make_trainer):
+    with pytest.raises((ValueError, RuntimeError), match="996"):
+        make_trainer("probe_dataset=996").run_training()
+
+
+def test_validation_and_resume_after_the_end(make_trainer):
+    first = make_trainer()
+    first.run_training()
+    first.perform_actual_validation()
+    again = make_trainer(continue_training=True)
+    again.run_training()
+    again.perform_actual_validation()
+    summary = json.loads((again.folder / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 2
+    assert logged(first) == logged(again)

@@ -1,8 +1,8 @@
 """Transposed convolution followed by a convolution, computed on the coarse grid.
 
 Both are linear, so together they are one linear map from the coarse to the fine grid. With a transposed kernel equal to
-its stride of 2 and a convolution of size 3, every fine voxel depends on two coarse voxels per axis: which two is decided
-by its phase (even or odd position). So each of the eight phases is a 2x2x2 convolution of the coarse map, 8 taps per
+its stride of 2 and a convolution of size 3, every fine voxel depends on two coarse voxels per axis; its phase (even or odd
+position) decides which. So each of the eight phases is a 2x2x2 convolution of the coarse map, 8 taps per
 fine voxel in place of 27, and the up-sampled map in between is never made.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ..geometry import Size3, as_size3, multiply, volume
+from ..sparse.projection import border_response
 
 # Per (stride, kernel) and phase: the first coarse offset, and for every coarse offset from there the pairs
 # (tap of the convolution, position inside the transposed kernel) that meet in it.
@@ -81,30 +82,6 @@ def merge_kernels(up_weight: torch.Tensor, weight: torch.Tensor, stride: Size3) 
         kernel = torch.stack(rows, dim=-1)
         kernels[(phase[0], phase[1], phase[2])] = kernel.view(*kernel.shape[:2], *size)
     return kernels
-
-
-def border_response(values: torch.Tensor, weight: torch.Tensor, size: Size3) -> torch.Tensor:
-    """Zero-padded convolution of a map that holds the same vector everywhere.
-
-    Only voxels at the border differ from the inside, so it is computed on three voxels per axis and repeated.
-
-    Args:
-        values: ``(M,)``.
-        weight: ``(O, M, k0, k1, k2)``, every k 1 or 3.
-        size: voxels per axis.
-
-    Returns:
-        ``(1, O, *size)``.
-    """
-    small = as_size3(min(s, 3) for s in size)
-    padding = [k // 2 for k in weight.shape[2:]]
-    response = F.conv3d(values.view(1, -1, 1, 1, 1).expand(1, -1, *small), weight, padding=padding)
-    for axis, (edge, shown) in enumerate(zip(size, small)):
-        if edge > shown:
-            index = torch.ones(edge, dtype=torch.long, device=values.device)
-            index[0], index[-1] = 0, 2
-            response = response.index_select(axis + 2, index)
-    return response
 
 
 def upsample_conv3d(

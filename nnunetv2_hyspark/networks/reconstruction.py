@@ -147,7 +147,7 @@ class ReconstructionDecoder(nn.Module):
             ``(B, output_channels, D, H, W)``.
         """
         projected = [
-            projection(layout.scatter(feature, token))
+            layout.densified_conv3d(feature, token, projection.weight, projection.bias)
             for feature, token, projection in zip(reversed(features), self.mask_tokens, self.projections)
         ]
         x = projected[0]

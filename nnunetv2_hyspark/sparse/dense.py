@@ -51,6 +51,12 @@ class DenseMaskLayout:
         out = F.conv3d(x * self._mask_of(x), weight, bias, stride=stride, padding=padding, groups=groups)
         return out * self._mask_of(out)
 
+    def densified_conv3d(
+        self, x: torch.Tensor, fill: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Fills the masked voxels, then convolves everything."""
+        return F.conv3d(self.scatter(x, fill), weight, bias, padding=[k // 2 for k in weight.shape[2:]])
+
     def instance_norm(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
     ) -> torch.Tensor:

@@ -7,10 +7,11 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from ..geometry import Size3, as_size3, divide, multiply
+from ..geometry import Size3, as_size3, divide, multiply, volume
 from .convolution import submanifold_conv3d
 from .halo import HaloTable, halo_table
 from .normalization import instance_norm
+from .projection import project_densified, sparse_projection_pays
 
 
 class SparseLayout(Protocol):
@@ -28,6 +29,11 @@ class SparseLayout(Protocol):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Size3, groups: int
     ) -> torch.Tensor:
         """Same-padded convolution that neither reads nor writes masked voxels."""
+
+    def densified_conv3d(
+        self, x: torch.Tensor, fill: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Dense same-padded convolution of the densified map, ``conv3d(scatter(x, fill), weight, bias)``."""
 
     def instance_norm(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
@@ -119,6 +125,16 @@ class BlockLayout:
         radius = (weight.shape[2] // 2, weight.shape[3] // 2, weight.shape[4] // 2)
         table = None if radius == (0, 0, 0) else self.halo(block, radius)
         return submanifold_conv3d(x, weight, bias, table, groups, stride)
+
+    def densified_conv3d(
+        self, x: torch.Tensor, fill: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See :class:`SparseLayout`; computes visible blocks only where that is cheaper."""
+        share = len(self.cells) / (self.batch_size * volume(self.grid))
+        kernel = as_size3(weight.shape[2:])
+        if sparse_projection_pays(as_size3(x.shape[2:]), kernel, share):
+            return project_densified(x, fill, weight, bias, self.cells, self.batch_size, self.grid)
+        return F.conv3d(self.scatter(x, fill), weight, bias, padding=[k // 2 for k in kernel])
 
     def instance_norm(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nnunetv2_hyspark.networks.phase_convolution import border_response, has_phases, phases_pay, upsample_conv3d
+from nnunetv2_hyspark.networks.phase_convolution import has_phases, phases_pay, upsample_conv3d
 
 STRIDES = [(2, 2, 2), (1, 2, 2), (2, 1, 2), (1, 1, 1)]
 KERNELS = [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)]
@@ -35,16 +35,6 @@ def test_equals_transposed_then_plain_convolution(stride, kernel, size, batch, h
     gradients = (torch.autograd.grad(result, inputs, upstream) for result in (actual, expected))
     for got, want in zip(*gradients):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 4), (7, 5, 3)])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_border_response(size, kernel):
-    values = torch.randn(3, dtype=torch.float64)
-    weight = torch.randn(2, 3, *kernel, dtype=torch.float64)
-    full = values.view(1, 3, 1, 1, 1).expand(1, 3, *size)
-    expected = F.conv3d(full, weight, padding=[k // 2 for k in kernel])
-    torch.testing.assert_close(border_response(values, weight, size), expected)
 
 
 def test_large_maps_gain_and_small_wide_ones_do_not():

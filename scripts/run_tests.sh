@@ -11,6 +11,7 @@ venv=${HYSPARK_TEST_VENV:-.venv-test}
 
 # One process computes most of the time; the workers that nnU-Net starts beside it get one thread each from nnU-Net.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$venv/bin/python" -c 'import os; print(min(os.cpu_count() or 1, 8))')}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that spin while they wait slow everything beside them
 export nnUNet_n_proc_DA=${nnUNet_n_proc_DA:-2}
 
 "$venv/bin/python" -m ruff check .

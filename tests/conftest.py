@@ -3,10 +3,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from nnunetv2_hyspark import _startup
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A slow or busy machine is no error.
+settings.register_profile("hyspark", deadline=None)
+settings.load_profile("hyspark")
 
 _startup.install()  # so that tests also run from a checkout that is not installed
 

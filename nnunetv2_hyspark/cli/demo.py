@@ -65,6 +65,7 @@ def _environment(folder: Path, size: Size) -> dict[str, str]:
         "nnUNet_n_proc_DA": str(max(1, min(8, processors // 2))),
         "nnUNet_def_n_proc": str(max(1, min(8, processors))),
         "nnUNet_compile": "f",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "nnUNet_hyspark": f"{NETWORK},pretraining.epochs={size.pretraining_epochs},"
         f"finetuning.epochs={size.finetuning_epochs},iterations_per_epoch={size.iterations},"
         "val_iterations_per_epoch=5,pretraining.learning_rate=1e-3,finetuning.learning_rate=2e-3,seed=0",

@@ -6,9 +6,12 @@ samples of a global batch do not depend on how it is split over processes.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -159,6 +162,45 @@ class CropBatches(Dataset):
         }
 
 
+class WorkerWatch:
+    """Lets torch's handler of SIGCHLD raise only while a batch is waited for.
+
+    Torch installs a handler that raises as soon as a worker dies, wherever the main process is at that moment, even in
+    the middle of an update of the weights.
+
+    Args:
+        handler: torch's.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]):
+        self.handler = handler
+        self.waiting = False
+        self.missed = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.missed = True
+        if self.waiting:
+            self.check()
+
+    def check(self) -> None:
+        """Raises RuntimeError if a worker has died since the last check."""
+        if self.missed:
+            self.missed = False
+            self.handler(signal.SIGCHLD, None)
+
+    @classmethod
+    def install(cls) -> WorkerWatch | None:
+        """Wraps the present handler, once; None where there is none (in this process, thread or system)."""
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            return None
+        present = signal.getsignal(signal.SIGCHLD)
+        if isinstance(present, cls) or not callable(present):
+            return present if isinstance(present, cls) else None
+        watch = cls(present)
+        signal.signal(signal.SIGCHLD, watch)
+        return watch
+
+
 class Batches:
     """Endless iterator over a range of steps, in the background if there are workers.
 
@@ -196,6 +238,7 @@ class Batches:
         self.repeat = repeat
         self._delivered = 0
         self._iterator: Iterator | None = None
+        self._watch: WorkerWatch | None = None
 
     def __iter__(self) -> Batches:
         return self
@@ -210,14 +253,12 @@ class Batches:
         failure = ""
         try:
             batch = self._next()
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             if not self.loader.num_workers:
                 raise
-            failure = self.death_notice(error)
+            failure = self._death_notice(error)
         if failure:
-            # only now nothing refers to the iterator any more, so that torch forgets the dead worker; before, it raises
-            # again in the middle of anything whenever a child process ends
-            self.close()
+            self.close()  # only now nothing refers to the iterator any more, so that torch forgets the dead worker
             raise RuntimeError(failure)
         if "error" in batch:
             raise ValueError(batch["error"])
@@ -226,7 +267,22 @@ class Batches:
 
     def _next(self) -> dict[str, Any]:
         if self._iterator is None:
-            self._iterator = iter(self.loader)
+            self._start()
+        if self._watch is None:
+            return self._next_or_again()
+        try:
+            self._watch.waiting = True
+            self._watch.check()
+            return self._next_or_again()
+        finally:
+            self._watch.waiting = False
+
+    def _start(self) -> None:
+        self._iterator = iter(self.loader)
+        self._watch = WorkerWatch.install() if self.loader.num_workers else None
+
+    def _next_or_again(self) -> dict[str, Any]:
+        assert self._iterator is not None
         try:
             return next(self._iterator)
         except StopIteration:
@@ -235,8 +291,7 @@ class Batches:
             self._iterator = iter(self.loader)
             return next(self._iterator)
 
-    def death_notice(self, error: RuntimeError) -> str:
-        """What to tell about the end of a worker: torch's reason, and the cases that were being read."""
+    def _death_notice(self, error: Exception) -> str:
         first = self._delivered % max(len(self.steps), 1)
         in_flight = self.steps[first : first + 3 * self.loader.num_workers]
         cases = sorted({name for step in in_flight for name in self.dataset.cases(step)})

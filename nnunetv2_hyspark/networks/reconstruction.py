@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -148,7 +149,9 @@ class ReconstructionDecoder(nn.Module):
         """
         projected = [
             layout.densified_conv3d(feature, token, projection.weight, projection.bias)
-            for feature, token, projection in zip(reversed(features), self.mask_tokens, self.projections)
+            for feature, token, projection in zip(
+                reversed(features), self.mask_tokens, cast("Iterable[nn.Conv3d]", self.projections)
+            )
         ]
         x = projected[0]
         for step, up in enumerate(self.up):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -42,7 +43,12 @@ def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
         device: of this process.
         timeout: how long processes wait for each other before they give up.
     """
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store for all restarts, and the addresses of processes that have died would still be in it
+    fresh = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=size, timeout=timeout
+    )
     yield
     dist.destroy_process_group()
 

@@ -79,7 +79,7 @@ def three_planes(volume: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def save_gray(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
     """Writes 8-bit gray ``(H, W)`` as PNG."""
-    plt.imsave(Path(path), pixels, cmap="gray", vmin=0, vmax=255, format="png")
+    plt.imsave(Path(path), np.repeat(pixels[..., None], 3, axis=2), format="png")
 
 
 def read_gray(path: str | os.PathLike[str]) -> np.ndarray:

@@ -69,10 +69,11 @@ class ResumableTrainer(HySparKTrainer):
             while self.current_epoch < self.num_epochs:
                 try:
                     self.run_epoch()
-                except RuntimeError as error:
-                    # torch raises this from a signal handler, anywhere
-                    if str(error).startswith("DataLoader worker"):
-                        raise RuntimeError(self.dataloader_train.death_notice(error)) from None
+                except RuntimeError:
+                    # the signal ended this process's workers, or another process, and the weights are those of the
+                    # last whole step: an error of either kind comes before the update
+                    if self.stop.received is not None:
+                        HySparKTrainer.save_and_leave(self)
                     raise
             self.on_train_end()
             self.leave_after_training()
@@ -99,9 +100,10 @@ class ResumableTrainer(HySparKTrainer):
         self._clock = perf_counter()
         try:
             batch = next(self.dataloader_train)
-        except RuntimeError:
-            if self.stop.received is not None and self.world_size == 1:  # the signal killed the workers too
-                self.save_and_leave()
+        except (RuntimeError, ValueError):
+            # nothing is wrong with the weights
+            if self.stop.received is None and self.step:
+                self.try_to_save(LATEST)
             raise
         self.so_far.waited += perf_counter() - self._clock
         return batch

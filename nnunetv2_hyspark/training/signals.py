@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from time import monotonic
@@ -16,15 +17,18 @@ class StopSignals:
     """Remembers that a signal came, so that a run can finish its step, save and leave.
 
     A second Ctrl-C, two seconds or more after the first, interrupts at once. Signals arrive in the main thread only;
-    elsewhere this does nothing. Use it as a context: what the signals did before is restored at its end.
+    elsewhere this does nothing. Use it as a context: what the signals did before is restored at its end. Processes that
+    are forked meanwhile (data workers) end at SIGTERM, and leave the rest to their parent.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._when = 0.0
+        self._process = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
@@ -35,7 +39,10 @@ class StopSignals:
         self._previous = {}
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        if self.received is None:
+        if os.getpid() != self._process:
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+        elif self.received is None:
             self.received, self._when = number, monotonic()
         elif number == signal.SIGINT and monotonic() - self._when >= _PATIENCE_SECONDS:
             raise KeyboardInterrupt

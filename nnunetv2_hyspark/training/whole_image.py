@@ -74,9 +74,10 @@ def load_pretrained_model(filename: str | os.PathLike[str], device: torch.device
     configuration = plans.get_configuration(arguments["configuration"])
     known = {field.name for field in fields(HySparKConfig)}
     stored = configuration.configuration["hyspark"]["pretraining"]
-    options = HySparKConfig(**{
+    values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key in known
-    })
+    }
+    options = HySparKConfig(**values)
     channels = determine_num_input_channels(plans, configuration, arguments["dataset_json"])
     network = build_hyspark(channels, configuration.network_arch_init_kwargs, options)
     weights = network_weights(checkpoint, filename)
@@ -153,12 +154,14 @@ def reconstruct_whole(
     for index, start in enumerate(starts):
         tile = tuple(slice(s, s + edge) for s, edge in zip(start, patch))
         mask_seed = int(np.random.default_rng((seed, index)).integers(2**62))
-        part = reconstruct(model.network, padded[(slice(None), *tile)], mask_ratio, mask_seed, device)
-        restored[(slice(None), *tile)] = part.restored
+        all_channels = (slice(None), *tile)
+        part = reconstruct(model.network, padded[all_channels], mask_ratio, mask_seed, device)
+        restored[all_channels] = part.restored
         visible[tile] = part.visible
         losses.append(part.loss)
     inside = tuple(slice(b, b + extent) for b, extent in zip(before, shape))
-    return Reconstruction(image, visible[inside], restored[(slice(None), *inside)], float(np.mean(losses)))
+    all_channels = (slice(None), *inside)
+    return Reconstruction(image, visible[inside], restored[all_channels], float(np.mean(losses)))
 
 
 def to_original_grid(model: PretrainedModel, prepared: PreparedImage, restored: np.ndarray) -> np.ndarray:
@@ -184,10 +187,9 @@ def to_original_grid(model: PretrainedModel, prepared: PreparedImage, restored: 
     ]
     result = prepared.raw.astype(np.float32).transpose([0, *(axis + 1 for axis in plans.transpose_forward)])
     box = tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
-    for channel in range(len(result)):
-        original = result[(channel, *box)]
-        slope, offset = _line(back[1][channel], original)
-        result[(channel, *box)] = back[0][channel] * slope + offset
+    for channel, volume in enumerate(result):
+        slope, offset = _line(back[1][channel], volume[box])
+        volume[box] = back[0][channel] * slope + offset
     return result.transpose([0, *(axis + 1 for axis in plans.transpose_backward)])
 
 

@@ -22,32 +22,31 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 240
 
-# What a test makes go wrong, once: the file that DIED names is there afterwards.
+# The second process dies at a step, once; or everything is computed in double precision.
 FAULTY = """
-import os, signal, sys
+import functools, os, signal, sys
 from pathlib import Path
 import torch
 from nnunetv2_hyspark import train
-from nnunetv2_hyspark.training.resumable import ResumableTrainer
+from nnunetv2_hyspark.trainers.HySparKPretrainTrainer import HySparKPretrainTrainer as Trainer
 
-original, at = ResumableTrainer.train_step, int(os.environ.get("DIE_AT", "-1"))
+step, build, validate, move = (
+    Trainer.train_step, Trainer.build_network_architecture, Trainer.perform_actual_validation, Trainer.to_device
+)
 
 def train_step(self, batch):
-    if os.environ.get("DOUBLE"):
-        self.network.double()
-        batch["data"] = batch["data"].double()
-    died = Path(os.environ.get("DIED", "died"))
-    if self.rank == int(os.environ.get("DIE_RANK", "1")) and self.step == at and not died.exists():
+    died = Path("died")
+    if self.rank == 1 and self.step == int(os.environ.get("DIE_AT", "-1")) and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, batch)
+    return step(self, batch)
 
-def validation_step(self, batch, stock=ResumableTrainer.validation_step):
-    if os.environ.get("DOUBLE"):
-        batch["data"] = batch["data"].double()
-    return stock(self, batch)
-
-ResumableTrainer.train_step, ResumableTrainer.validation_step = train_step, validation_step
+Trainer.train_step = train_step
+if os.environ.get("DOUBLE"):
+    doubled = functools.wraps(build)(lambda *args: build(*args).double())  # nnU-Net looks at the signature
+    Trainer.build_network_architecture = staticmethod(doubled)
+    Trainer.to_device = lambda self, batch: move(self, {**batch, "data": batch["data"].double()})
+    Trainer.perform_actual_validation = lambda self, *args: (self.network.float(), validate(self, *args))
 train.main(sys.argv[1:])
 """
 
@@ -182,6 +181,21 @@ def test_stopped_by_a_scheduler_and_gone_on_with(runs: Runs, processes: int) -> 
     assert progress_of(runs.fold("stopped") / FINAL) == (epoch + 2, 0)
 
 
+def test_fine_tuning_stops_saves_and_goes_on_too(runs: Runs) -> None:
+    trainer = ("-tr", "HySparKScratchTrainer")
+    process = runs.start("tuned", *trainer, settings="finetuning.epochs=100", nnUNet_n_proc_DA="1")
+    runs.wait_for("tuned", "Epoch 1")
+    process.terminate()
+    runs.finish(process, "tuned", status=143)
+    epoch, _ = progress_of(runs.fold("tuned") / LATEST) or (0, 0)
+    assert epoch >= 1
+    process = runs.start("tuned", "--c", *trainer, settings=f"finetuning.epochs={epoch + 1}", nnUNet_n_proc_DA="1")
+    runs.wait_for("tuned", "Training done")
+    os.killpg(process.pid, signal.SIGKILL)  # this data set has no files to validate segmentations with
+    process.wait()
+    assert progress_of(runs.fold("tuned") / FINAL) == (epoch + 1, 0)
+
+
 def test_a_killed_worker_ends_the_run_with_its_reason(runs: Runs) -> None:
     process = runs.start("worker", settings="pretraining.epochs=1000", nnUNet_n_proc_DA="1")
     runs.wait_for("worker", "Epoch 1")
@@ -196,8 +210,8 @@ def test_a_killed_worker_ends_the_run_with_its_reason(runs: Runs) -> None:
 
 
 def test_killed_at_random_moments(runs: Runs, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "experiments" / "kill_and_resume.py"), NAME, "3d_fullres", "0", "--kills", "3",
-               "--work", str(tmp_path / "kills")]
+    script = ROOT / "experiments" / "kill_and_resume.py"
+    command = [sys.executable, str(script), NAME, "3d_fullres", "0", "--kills", "3", "--work", str(tmp_path / "kills")]
     settings = f"{SETTINGS},save_minutes=0.000001,pretraining.epochs=20".replace("pretraining.epochs=3,", "")
     done = subprocess.run(
         command, env={**runs.environment("unused", ""), "nnUNet_hyspark": settings}, cwd=tmp_path, text=True,

@@ -37,7 +37,8 @@ def write_small_dataset(
         image, labels = smooth_image(rng, shape)
         for suffix, array in (("", image), ("_seg", labels)):
             blosc2.asarray(np.ascontiguousarray(array), urlpath=str(folder / f"case_{number:02d}{suffix}.b2nd"))
-        (folder / f"case_{number:02d}.pkl").write_bytes(pickle.dumps({"class_locations": {}, "spacing": [1, 1, 1]}))
+        properties = {"class_locations": {1: np.argwhere(labels == 1)}, "spacing": [1, 1, 1]}
+        (folder / f"case_{number:02d}.pkl").write_bytes(pickle.dumps(properties))
     resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
     configuration = {
         "data_identifier": "nnUNetPlans_3d_fullres",

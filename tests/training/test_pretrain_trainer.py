@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in, kept_name
+from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in, kept_name, progress_of
 from nnunetv2_hyspark.transfer.reading import read_checkpoint
 
 REPRODUCIBLE = ("train_losses", "val_losses", "gradient_norms", "lrs", "effective_rank", "background_crops")
@@ -199,6 +199,27 @@ def test_a_step_without_finite_loss_is_stored_and_skipped(make_trainer):
     assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
 
 
+def test_half_precision_tells_overflow_from_a_loss_that_is_not_finite(make_trainer):
+    trainer = make_trainer()
+    trainer.on_train_start()
+    # gradients scaled this much overflow, which the scaler mends by itself
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    break_losses(trainer, {0}, 1e4)
+    break_losses(trainer, {1})
+    trainer.network.train()
+    before = [p.clone() for p in trainer.network.parameters()]
+    trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.guard.in_a_row == 0 and trainer.grad_scaler.get_scale() < 2e38
+    assert all(torch.equal(p, b) for p, b in zip(trainer.network.parameters(), before))
+    scale = trainer.grad_scaler.get_scale()
+    trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.guard.in_a_row == 1 and trainer.grad_scaler.get_scale() == scale / 2
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.guard.in_a_row == 0
+    assert not all(torch.equal(p, b) for p, b in zip(trainer.network.parameters(), before))
+
+
 def test_too_many_steps_without_finite_loss_end_the_run_with_good_weights(make_trainer):
     trainer = make_trainer("max_bad_steps=3")
     break_losses(trainer, set(range(4, 100)), math.inf)
@@ -227,6 +248,22 @@ def test_a_broken_case_stops_by_default_and_is_named(make_trainer, small_dataset
         (folder / f"{name}.b2nd").write_bytes((folder / f"{name}.b2nd").read_bytes()[:900])
     with pytest.raises(ValueError, match=r"case_\d\d.*on_broken_case=skip"):
         trainer.run_training()
+
+
+def test_what_was_learned_before_the_data_vanished_is_saved(make_trainer, small_dataset):
+    trainer = make_trainer()
+    original = trainer.compute_loss
+
+    def compute_loss(image, visible):
+        if trainer.network.training and trainer.step == 4:
+            for path in (small_dataset / "nnUNetPlans_3d_fullres").glob("*.b2nd"):
+                path.unlink()
+        return original(image, visible)
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(ValueError, match="has vanished"):
+        trainer.run_training()
+    assert progress_of(trainer.folder / LATEST) == (1, 2)
 
 
 def test_a_broken_and_a_vanished_case_can_be_skipped(make_trainer, small_dataset):

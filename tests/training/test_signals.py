@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -32,6 +34,23 @@ def test_a_second_interrupt_after_a_while_is_obeyed_at_once(monkeypatch: pytest.
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert stop.received == signal.SIGINT
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_processes_end_at_sigterm_and_ignore_the_rest() -> None:
+    context = multiprocessing.get_context("fork")
+    with StopSignals() as stop:
+        worker = context.Process(target=time.sleep, args=(60,), daemon=True)
+        worker.start()
+        assert worker.pid is not None
+        time.sleep(0.2)
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+        time.sleep(0.2)
+        assert worker.is_alive()
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 143 and stop.received is None
 
 
 def test_other_threads_are_left_alone() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 
 from nnunetv2_hyspark.cli.console import find_command
 
@@ -71,16 +72,21 @@ class Workspace:
         test: list[str],
         channel: str,
         labels: dict,
+        crop: tuple[int, int, int] | None = None,
         **extra,
     ) -> Path:
-        """Copies cases of ``source`` (folders images and labels) into a raw nnU-Net data set."""
+        """Copies cases of ``source`` (folders images and labels) into a raw nnU-Net data set, or their middle."""
         folder = self.raw / f"Dataset{dataset_id:03d}_{name}"
         for part, cases in (("Tr", train), ("Ts", test)):
-            for kind in ("images", "labels"):
+            for kind, ending in (("images", "_0000"), ("labels", "")):
                 (folder / f"{kind}{part}").mkdir(parents=True, exist_ok=True)
-            for case in cases:
-                shutil.copy(source / "images" / f"{case}.nii.gz", folder / f"images{part}" / f"{case}_0000.nii.gz")
-                shutil.copy(source / "labels" / f"{case}.nii.gz", folder / f"labels{part}" / f"{case}.nii.gz")
+                for case in cases:
+                    original = source / kind / f"{case}.nii.gz"
+                    copy = folder / f"{kind}{part}" / f"{case}{ending}.nii.gz"
+                    if crop is None:
+                        shutil.copy(original, copy)
+                    else:
+                        sitk.WriteImage(middle(sitk.ReadImage(str(original)), crop), str(copy))
         content = {
             "channel_names": {"0": channel},
             "labels": labels,
@@ -95,6 +101,13 @@ class Workspace:
     ) -> Path:
         """Where a training writes."""
         return self.results / dataset / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
+
+
+def middle(image: sitk.Image, size: tuple[int, int, int]) -> sitk.Image:
+    """The middle of an image, at most ``size`` voxels along x, y and z."""
+    fitting = [min(want, have) for want, have in zip(size, image.GetSize())]
+    corner = [(have - want) // 2 for have, want in zip(image.GetSize(), fitting)]
+    return sitk.RegionOfInterest(image, fitting, corner)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 DATASET, PLANS = "Dataset010_HeadNeck", "nnUNetPlans"
 LABELS = {"background": 0, "organs": [1, 2, 3], "parotids": [3], "ignore": 4}
+CROP = (48, 56, 48)
 SETTINGS = "base_width=4,head_width=4,seed=0,pretraining.epochs=3,finetuning.epochs=1,iterations_per_epoch=10,"
 SETTINGS += "val_iterations_per_epoch=2,pretraining.learning_rate=2e-3,pretraining.batch_size=2,finetuning.batch_size=2"
 
@@ -33,6 +34,7 @@ def planned(workspace, shared_data: Path):
         splits["val"][:1],
         "CT",
         LABELS,
+        crop=CROP,
         regions_class_order=[1, 2],
     )
     for file in (folder / "labelsTr").glob("*.nii.gz"):
@@ -166,7 +168,9 @@ def test_checkpoints_that_do_not_fit_or_are_none(planned, pretrained: Path, tmp_
     headless = tmp_path / "headless.pth"
     torch.save({"network_weights": {"decoder.x": torch.zeros(1)}}, headless)
     assert "no encoder" in finetune(headless)
-    assert "plan the data set like the pre-training one" in finetune(pretrained, SETTINGS.replace("base_width=4", "base_width=8"))
+    assert "plan the data set like the pre-training one" in finetune(
+        pretrained, SETTINGS.replace("base_width=4", "base_width=8")
+    )
 
 
 def test_a_nan_in_a_preprocessed_image_is_named(planned, tmp_path: Path):
@@ -192,7 +196,9 @@ def test_a_nan_in_a_preprocessed_image_is_named(planned, tmp_path: Path):
 def test_fewer_cases_than_folds(planned, shared_data: Path):
     source = shared_data / "data" / "openkbp"
     ids = json.loads((source / "splits.json").read_text())["train_labelled"][:3]
-    planned.add_dataset(source, 11, "Three", ids, [], "CT", {"background": 0, "organ": 1, "cord": 2, "parotids": 3})
+    planned.add_dataset(
+        source, 11, "Three", ids, [], "CT", {"background": 0, "stem": 1, "cord": 2, "parotids": 3}, crop=CROP
+    )
     planned.run("nnUNetv2_plan_and_preprocess", "-d", 11, "-c", "3d_fullres", "-np", 2, "-npfp", 2)
     out = planned.run(
         "nnUNetv2_train", 11, "3d_fullres", 0, "-tr", "HySparKPretrainTrainer", "-device", "cpu", expect=-1

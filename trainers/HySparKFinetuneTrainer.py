@@ -10,6 +10,7 @@ import torch
 from nnunetv2.utilities.helpers import dummy_context
 
 from nnunetv2_hyspark.networks.segmentation import HySparKUNet
+from nnunetv2_hyspark.training.checkpoints import checkpoints_in
 from nnunetv2_hyspark.training.finetuning import parameter_groups
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
 from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
@@ -17,7 +18,8 @@ from nnunetv2_hyspark.transfer.loading import load_pretrained_encoder
 
 
 class HySparKFinetuneTrainer(HySparKTrainer):
-    """Fine-tunes a pre-trained encoder: ``-pretrained_weights .../checkpoint_final.pth``.
+    """Fine-tunes a pre-trained encoder: ``-pretrained_weights .../checkpoint_final.pth``, or the checkpoint that the
+    plans remember (``hyspark plan-finetune``).
 
     AdamW with warm-up; nnU-Net's loss, deep supervision, augmentation, validation and prediction.
     """
@@ -32,6 +34,7 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         network = unwrap(self.network)
         if isinstance(network, HySparKUNet):
             network.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
+        self.first_weights = next(network.parameters()).detach().clone()
 
     def load_pretrained(self, filename: str) -> None:
         """Loads the encoder of a checkpoint and reports what was loaded, adapted, left fresh and skipped: in the log,
@@ -45,8 +48,28 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         if self.local_rank == 0:
             report.write_json(Path(self.output_folder) / "load_report.json")
 
+    def load_remembered(self) -> None:
+        """Loads the checkpoint that the plans remember, unless weights were loaded by ``-pretrained_weights``.
+
+        Raises:
+            FileNotFoundError, ValueError: if the file is gone, has changed, or does not fit.
+        """
+        remembered = self.settings.checkpoint
+        now = next(unwrap(self.network).parameters())
+        # without the start-up hook nnU-Net itself loads -pretrained_weights and tells nobody
+        if remembered is None or self.weights_were_loaded or not torch.equal(now, self.first_weights):
+            return
+        remembered.check()
+        self.print_to_log_file(f"The plans name the pre-trained checkpoint {remembered.path}")
+        self.load_pretrained(remembered.path)
+
     def on_train_start(self) -> None:
-        """nnU-Net's, after a word on missing weights."""
+        """nnU-Net's, after loading what the plans remember; a run that goes on has its weights already."""
+        if not self.was_initialized:
+            self.initialize()
+        goes_on = self.was_resumed or (self.continue_training and bool(checkpoints_in(self.folder)))
+        if self.needs_weights and not goes_on:
+            self.load_remembered()
         super().on_train_start()
         if self.needs_weights and self.current_epoch == 0 and not self.weights_were_loaded:
             self.print_to_log_file(

@@ -19,6 +19,7 @@ class StagedCNN(Protocol):
     input_channels: int
     finest_channels: int
     strides: list[Size3]
+    kernel_sizes: list[Size3]
     skip_channels: list[int]
     out_channels: int
 

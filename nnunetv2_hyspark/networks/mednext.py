@@ -104,7 +104,7 @@ class MedNeXtStages(nn.Module):
         self.strides = [as_size3(s, "stride") for s in strides]
         if self.strides[0] != (1, 1, 1):
             raise ValueError(f"the first stage has stride {self.strides[0]}; expected (1, 1, 1).")
-        kernels = [as_size3(k, "kernel size") for k in kernel_sizes]
+        self.kernel_sizes = kernels = [as_size3(k, "kernel size") for k in kernel_sizes]
         widths = list(features_per_stage)
         self.stem = Conv3d(input_channels, widths[0], kernels[0])
         self.stages = nn.ModuleList(

@@ -1,9 +1,9 @@
 """Transposed convolution followed by a convolution, computed on the coarse grid.
 
 Both are linear, so together they are one linear map from the coarse to the fine grid. With a transposed kernel equal to
-its stride of 2 and a convolution of size 3, every fine voxel depends on two coarse voxels per axis; its phase (even or odd
-position) decides which. So each of the eight phases is a 2x2x2 convolution of the coarse map, 8 taps per
-fine voxel in place of 27, and the up-sampled map in between is never made.
+its stride of 2 and a convolution of size 3, every fine voxel depends on two coarse voxels per axis; its phase (even or
+odd position) decides which. So each of the eight phases is a 2x2x2 convolution of the coarse map, 8 taps per fine voxel
+in place of 27, and the up-sampled map in between is never made.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..geometry import Size3, as_size3, divide
+from ..geometry import Size3, as_size3, block_shapes, divide
 from ..masking import random_visible
 from ..networks.encoder import HybridEncoder
 from ..networks.reconstruction import ReconstructionDecoder
@@ -178,12 +178,19 @@ class HySparK(nn.Module):
         self.encoder = encoder
         self.reconstruction = reconstruction
         self.layout = layout
+        self.kernels = list(zip(block_shapes(encoder.strides), encoder.cnn.kernel_sizes))
 
     def draw_mask(
         self, batch_size: int, image_size: Sequence[int], mask_ratio: float, generator: torch.Generator
     ) -> torch.Tensor:
         """Random visible cells ``(B, g0, g1, g2)`` for images of this size; see :func:`random_visible`."""
         return random_visible(batch_size, self.encoder.grid(image_size), mask_ratio, generator)
+
+    @torch.compiler.disable
+    def _lay_out(self, visible: torch.Tensor) -> SparseLayout:
+        layout = self.layout(visible)
+        layout.prepare(self.kernels)
+        return layout
 
     def forward(self, image: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Reconstructs images from their visible cells.
@@ -195,5 +202,5 @@ class HySparK(nn.Module):
         Returns:
             ``(B, C, D, H, W)``, in units of each cell's standard deviation around its mean.
         """
-        layout = self.layout(visible)
+        layout = self._lay_out(visible)
         return self.reconstruction(self.encoder(layout.gather(image), layout), layout)

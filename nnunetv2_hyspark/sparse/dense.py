@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn import functional as F
 
-from ..geometry import Size3, as_size3, divide
+from ..geometry import Size3, as_size3, divide, multiply
 from ..masking import upsample_mask
 from .layout import check_visible
 
@@ -22,6 +24,11 @@ class DenseMaskLayout:
         self.visible = visible
         self.grid: Size3 = as_size3(visible.shape[1:])
         self._masks: dict[Size3, torch.Tensor] = {}
+
+    def prepare(self, kernels: Iterable[tuple[Size3, Size3]]) -> None:
+        """Makes the masks of these scales."""
+        for block, _ in kernels:
+            self.mask(multiply(self.grid, block))
 
     def mask(self, size: Size3) -> torch.Tensor:
         """Boolean mask ``(B, 1, *size)``, True at visible voxels."""

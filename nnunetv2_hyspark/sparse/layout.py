@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -11,13 +12,16 @@ from ..geometry import Size3, as_size3, divide, multiply, volume
 from .convolution import submanifold_conv3d
 from .halo import HaloTable, halo_table
 from .normalization import instance_norm
-from .projection import project_densified, sparse_projection_pays
+from .projection import Rims, half_kernel, project_densified, rims, sparse_projection_pays
 
 
 class SparseLayout(Protocol):
     """What an encoder may do with a sparse feature map; the map's own form is the layout's business."""
 
     visible: torch.Tensor
+
+    def prepare(self, kernels: Iterable[tuple[Size3, Size3]]) -> None:
+        """Makes whatever depends on the mask alone, for sparse maps with cells of these shapes and these kernels."""
 
     def gather(self, dense: torch.Tensor) -> torch.Tensor:
         """Turns a dense map ``(B, C, D, H, W)`` into this layout's sparse map."""
@@ -81,6 +85,7 @@ class BlockLayout:
                 f"so lower the mask ratio or enlarge the patch."
             )
         self._tables: dict[tuple[Size3, Size3], HaloTable] = {}
+        self._rims: dict[Size3, Rims] = {}
 
     def halo(self, block: Size3, radius: Size3) -> HaloTable:
         """Gather table for blocks of this shape and this halo radius."""
@@ -88,6 +93,25 @@ class BlockLayout:
         if key not in self._tables:
             self._tables[key] = halo_table(self.cells, self.batch_size, self.grid, block, radius)
         return self._tables[key]
+
+    def rims(self, reach: Size3) -> Rims:
+        """Where blocks grown by this reach lie."""
+        if reach not in self._rims:
+            self._rims[reach] = rims(self.cells, self.grid, reach)
+        return self._rims[reach]
+
+    def prepare(self, kernels: Iterable[tuple[Size3, Size3]]) -> None:
+        """Makes the index tables for blocks of these shapes and kernels of these sizes.
+
+        Tables are also made when they are first asked for; but their sizes depend on the mask, which a compiled
+        network cannot trace, so they are best made before it runs.
+        """
+        for block, kernel in kernels:
+            reach = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+            if reach != (0, 0, 0):
+                self.halo(block, reach)
+            self.rims(reach)
+        self.rims((0, 0, 0))
 
     def gather(self, dense: torch.Tensor) -> torch.Tensor:
         """See :class:`SparseLayout`. The blocks are in channels-last memory."""
@@ -133,7 +157,8 @@ class BlockLayout:
         share = len(self.cells) / (self.batch_size * volume(self.grid))
         kernel = as_size3(weight.shape[2:])
         if sparse_projection_pays(as_size3(x.shape[2:]), kernel, share):
-            return project_densified(x, fill, weight, bias, self.cells, self.batch_size, self.grid)
+            placement = self.rims(half_kernel(weight))
+            return project_densified(x, fill, weight, bias, self.cells, placement, self.batch_size, self.grid)
         return F.conv3d(self.scatter(x, fill), weight, bias, padding=[k // 2 for k in kernel])
 
     def instance_norm(

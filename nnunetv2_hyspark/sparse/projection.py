@@ -7,6 +7,7 @@ the differences, which is zero but in visible blocks and a rim around them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -64,25 +65,45 @@ def _slabs(direction: int, edge: int, reach: int) -> tuple[slice, slice]:
     return slice(reach, edge + reach), slice(0, edge)
 
 
-def add_grown_blocks(canvas: torch.Tensor, grown: torch.Tensor, cells: torch.Tensor) -> None:
+@dataclass(frozen=True)
+class Rims:
+    """Where grown blocks lie in a map, direction by direction; made once per mask, for any block shape.
+
+    Attributes:
+        parts: per direction ``(d0, d1, d2)`` in -1, 0, 1: int64 ``(m,)`` indices of the blocks whose neighbour in this
+            direction is inside the volume, and int64 ``(m, 4)`` sample and cell of that neighbour.
+    """
+
+    parts: tuple[tuple[Size3, torch.Tensor, torch.Tensor], ...]
+
+
+def rims(cells: torch.Tensor, grid: Size3, reach: Size3) -> Rims:
+    """Places the blocks at ``cells`` ``(n, 4)``, grown by ``reach`` voxels per side."""
+    limits = torch.tensor(grid, device=cells.device)
+    parts = []
+    for direction in product(*((-1, 0, 1) if r else (0,) for r in reach)):
+        places = cells + torch.tensor((0, *direction), device=cells.device)
+        inside = ((places[:, 1:] >= 0) & (places[:, 1:] < limits)).all(1).nonzero().squeeze(1)
+        parts.append((direction, inside, places[inside]))
+    return Rims(tuple(parts))
+
+
+def add_grown_blocks(canvas: torch.Tensor, grown: torch.Tensor, placement: Rims) -> None:
     """Adds blocks with their rims to a map, in place; what lies outside the volume is dropped.
 
     Args:
         canvas: ``(B, g0, g1, g2, s0, s1, s2, C)``.
         grown: ``(n, s0 + 2 r0, s1 + 2 r1, s2 + 2 r2, C)`` with ``r <= s``.
-        cells: int64 ``(n, 4)``, sample and cell of every block.
+        placement: of these blocks.
     """
-    grid, block = canvas.shape[1:4], canvas.shape[4:7]
+    block = canvas.shape[4:7]
     reach = [(p - s) // 2 for p, s in zip(grown.shape[1:4], block)]
-    limits = torch.tensor(grid, device=cells.device)
-    for direction in product(*((-1, 0, 1) if r else (0,) for r in reach)):
+    for direction, inside, places in placement.parts:
         source, target = zip(*(_slabs(d, s, r) for d, s, r in zip(direction, block, reach)))
-        part = grown[:, source[0], source[1], source[2]]
-        places = cells[:, 1:] + torch.tensor(direction, device=cells.device)
-        inside = ((places >= 0) & (places < limits)).all(1)
-        b, (i, j, k) = cells[inside, 0], places[inside].unbind(1)
+        part = grown[:, source[0], source[1], source[2]].index_select(0, inside)
+        b, i, j, k = places.unbind(1)
         # Within one direction no two blocks meet in the same cell, so nothing is lost by plain assignment.
-        canvas[:, :, :, :, target[0], target[1], target[2]][b, i, j, k] += part[inside]
+        canvas[:, :, :, :, target[0], target[1], target[2]][b, i, j, k] += part
 
 
 def take_grown_blocks(dense: torch.Tensor, cells: torch.Tensor, block: Size3, reach: Size3) -> torch.Tensor:
@@ -108,7 +129,7 @@ class _AddProjectedBlocks(torch.autograd.Function):
     """``constant + convolution of the blocks alone``; see :func:`project_densified`."""
 
     @staticmethod
-    def forward(ctx, difference, weight, constant, cells, batch_size, grid):
+    def forward(ctx, difference, weight, constant, cells, placement, batch_size, grid):
         block = as_size3(difference.shape[2:])
         out_channels = weight.shape[0]
         padding = [k - 1 for k in weight.shape[2:]]
@@ -116,7 +137,7 @@ class _AddProjectedBlocks(torch.autograd.Function):
         (g0, g1, g2), (s0, s1, s2) = grid, block
         canvas = constant.expand(batch_size, -1, -1, -1, -1).contiguous(memory_format=torch.channels_last_3d).clone()
         view = canvas.permute(0, 2, 3, 4, 1).view(batch_size, g0, s0, g1, s1, g2, s2, out_channels)
-        add_grown_blocks(view.permute(0, 1, 3, 5, 2, 4, 6, 7), grown, cells)
+        add_grown_blocks(view.permute(0, 1, 3, 5, 2, 4, 6, 7), grown, placement)
         ctx.save_for_backward(difference, weight, cells)
         ctx.padding = padding
         return canvas
@@ -131,7 +152,7 @@ class _AddProjectedBlocks(torch.autograd.Function):
             [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
         )
         grad_constant = grad_output.sum(0, keepdim=True) if ctx.needs_input_grad[2] else None
-        return grad_difference, grad_weight, grad_constant, None, None, None
+        return grad_difference, grad_weight, grad_constant, None, None, None, None
 
 
 def half_kernel(weight: torch.Tensor) -> Size3:
@@ -145,6 +166,7 @@ def project_densified(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     cells: torch.Tensor,
+    placement: Rims,
     batch_size: int,
     grid: Size3,
 ) -> torch.Tensor:
@@ -155,6 +177,7 @@ def project_densified(
         fill: ``(C,)``, what every masked voxel holds.
         weight, bias: ``(O, C, k0, k1, k2)`` with odd ``k <= 2 s + 1``, and ``(O,)`` or None.
         cells: int64 ``(n, 4)``, sample and cell of every block.
+        placement: of these cells, with the kernel's reach.
         batch_size, grid: of the dense map.
 
     Returns:
@@ -170,4 +193,4 @@ def project_densified(
         if bias is not None:
             constant = constant + bias.view(1, -1, 1, 1, 1)
         difference = blocks - fill.to(blocks.dtype).view(1, -1, 1, 1, 1)
-        return _AddProjectedBlocks.apply(difference, weight, constant, cells, batch_size, grid)
+        return _AddProjectedBlocks.apply(difference, weight, constant, cells, placement, batch_size, grid)

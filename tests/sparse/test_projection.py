@@ -7,7 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
-from nnunetv2_hyspark.sparse.projection import border_response, project_densified, sparse_projection_pays
+from nnunetv2_hyspark.sparse.projection import (
+    border_response,
+    half_kernel,
+    project_densified,
+    rims,
+    sparse_projection_pays,
+)
 
 KERNELS = [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1), (5, 3, 5)]
 
@@ -32,8 +38,9 @@ def test_equals_the_dense_convolution(kernel, block, grid, batch, share):
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     wanted = torch.autograd.grad(expected, inputs, upstream)
     blocks = layout.gather(image)
+    placement = rims(layout.cells, layout.grid, half_kernel(weight))
     for actual in (
-        project_densified(blocks, fill, weight, bias, layout.cells, batch, layout.grid),
+        project_densified(blocks, fill, weight, bias, layout.cells, placement, batch, layout.grid),
         layout.densified_conv3d(blocks, fill, weight, bias),
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)

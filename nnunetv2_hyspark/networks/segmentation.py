@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..geometry import Size3, as_size3
-from .encoder import HybridEncoder
+from .encoder import HybridEncoder, StagedCNN
 from .mednext import ChannelLayerNorm, MedNeXtStage, MedNeXtStages
+from .stock_cnn import build_stock_cnn
 from .vit import ViT
 
 
@@ -86,14 +87,20 @@ def build_encoder(
     transformer_depth: int,
     transformer_heads: int,
     mlp_ratio: float,
+    cnn: str = "mednext",
 ) -> HybridEncoder:
-    """The paper's hybrid encoder, MedNeXt and ViT, from the numbers a plan holds; depth 0 leaves the ViT out."""
-    cnn = MedNeXtStages(
-        input_channels, features_per_stage, strides, kernel_sizes, n_blocks_per_stage, expansion_per_stage
-    )
+    """The hybrid encoder from the numbers a plan holds: the paper's MedNeXt, or one of nnU-Net's encoders
+    (``"residual"``, ``"plain"``), and a ViT; depth 0 leaves the ViT out."""
+    stages: StagedCNN
+    if cnn == "mednext":
+        stages = MedNeXtStages(
+            input_channels, features_per_stage, strides, kernel_sizes, n_blocks_per_stage, expansion_per_stage
+        )
+    else:
+        stages = build_stock_cnn(cnn, input_channels, features_per_stage, strides, kernel_sizes, n_blocks_per_stage)
     width = features_per_stage[-1]
     transformer = ViT(width, transformer_depth, transformer_heads, mlp_ratio) if transformer_depth else None
-    return HybridEncoder(cnn, transformer)
+    return HybridEncoder(stages, transformer)
 
 
 class HySparKUNet(nn.Module):
@@ -111,6 +118,7 @@ class HySparKUNet(nn.Module):
         transformer_depth, transformer_heads, mlp_ratio: of the transformer; depth 0 leaves it out.
         n_blocks_per_stage_decoder: per decoder scale, finest first (``n_stages - 1`` values).
         expansion_decoder: expansion of the decoder's blocks.
+        cnn: see :func:`build_encoder`.
         deep_supervision: see :class:`MedNeXtDecoder`.
 
     Attributes:
@@ -135,6 +143,7 @@ class HySparKUNet(nn.Module):
         n_blocks_per_stage_decoder: Sequence[int],
         mlp_ratio: float = 4.0,
         expansion_decoder: int = 4,
+        cnn: str = "mednext",
         deep_supervision: bool = False,
     ):
         super().__init__()
@@ -147,7 +156,7 @@ class HySparKUNet(nn.Module):
             )
         self.encoder = build_encoder(
             input_channels, features_per_stage, strides, kernel_sizes, n_blocks_per_stage, expansion_per_stage,
-            transformer_depth, transformer_heads, mlp_ratio,
+            transformer_depth, transformer_heads, mlp_ratio, cnn,
         )
         self.decoder = MedNeXtDecoder(
             self.encoder, num_classes, features_per_stage[:-1], kernel_sizes[:-1], n_blocks_per_stage_decoder,
@@ -179,6 +188,7 @@ def conv_feature_map_size(network: HySparKUNet, input_size: Size3) -> int:
         if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d, nn.Linear)):
             module.register_forward_hook(count)
     channels = shapes_only.encoder.input_channels
+    dtype = next(shapes_only.parameters()).dtype
     with torch.no_grad():
-        shapes_only(torch.empty(1, channels, *input_size, device="meta"))
+        shapes_only(torch.empty(1, channels, *input_size, device="meta", dtype=dtype))
     return elements

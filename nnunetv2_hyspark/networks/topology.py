@@ -18,6 +18,11 @@ PAPER_STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
 class ArchitectureConfig:
     """Hyperparameters of the hybrid network that a plan does not hold. Empty tuples mean: derived from the plan."""
 
+    cnn: str = field(
+        default="mednext",
+        metadata={"choices": ("mednext", "residual", "plain"), "help": "stages above the transformer: the paper's "
+                  "MedNeXt, or nnU-Net's residual or plain encoder"},
+    )
     max_stride: int = field(
         default=16, metadata={"range": (2, 64), "help": "largest total stride per axis of the junction, voxels"}
     )
@@ -30,7 +35,9 @@ class ArchitectureConfig:
                   "0: the next stage's width, at most 12 x base_width, rounded up to suit 6 and head_width"},
     )
     features_per_stage: tuple[int, ...] = field(default=(), metadata={"help": "widths, overrides the two above"})
-    n_blocks_per_stage: tuple[int, ...] = field(default=(), metadata={"help": "default 1, 1, 3, ..., 3, 1"})
+    n_blocks_per_stage: tuple[int, ...] = field(
+        default=(), metadata={"help": "default 1, 1, 3, ..., 3, 1; residual 1, 3, 4, 6, ...; plain 2, 2, ..."}
+    )
     expansion_per_stage: tuple[int, ...] = field(default=(), metadata={"help": "default 2, 4, ..., 4, 2"})
     transformer_depth: int = field(default=3, metadata={"range": (0, 48), "help": "ViT blocks; 0 leaves the ViT out"})
     head_width: int = field(default=32, metadata={"range": (2, 256), "help": "channels per attention head"})
@@ -84,7 +91,8 @@ def derive_arch_kwargs(
     widths[-1] = config.junction_width or round_up(min(widths[-1], 12 * config.base_width), unit)
     features = list(config.features_per_stage) or widths
     middle = max(n - 3, 0)
-    blocks = list(config.n_blocks_per_stage) or [1, 1, *[3] * middle, 1][-n:]
+    usual = {"mednext": [1, 1, *[3] * middle, 1][-n:], "residual": [1, 3, 4, *[6] * n][:n], "plain": [2] * n}
+    blocks = list(config.n_blocks_per_stage) or usual[config.cnn]
     expansion = list(config.expansion_per_stage) or [2, *[4] * (n - 2), 2]
     for name, values in (
         ("features_per_stage", features), ("n_blocks_per_stage", blocks), ("expansion_per_stage", expansion)
@@ -99,7 +107,9 @@ def derive_arch_kwargs(
             f"the junction is {features[-1]} channels wide; the transformer needs a multiple of 6 and of "
             f"head_width {config.head_width}, for example {round_up(features[-1], unit)}."
         )
+    other = {} if config.cnn == "mednext" else {"cnn": config.cnn}
     return {
+        **other,
         "n_stages": n,
         "features_per_stage": features,
         "strides": [list(as_size3(s, "stride")) for s in strides[:n]],

@@ -51,6 +51,7 @@ def build_hyspark(
         arch_kwargs["transformer_depth"],
         arch_kwargs["transformer_heads"],
         arch_kwargs.get("mlp_ratio", 4.0),
+        arch_kwargs.get("cnn", "mednext"),
     )
     width = config.decoder_width or default_decoder_width(encoder)
     decoder = ReconstructionDecoder(

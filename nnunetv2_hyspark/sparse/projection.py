@@ -80,8 +80,9 @@ class Rims:
 def rims(cells: torch.Tensor, grid: Size3, reach: Size3) -> Rims:
     """Places the blocks at ``cells`` ``(n, 4)``, grown by ``reach`` voxels per side."""
     limits = torch.tensor(grid, device=cells.device)
-    parts = []
-    for direction in product(*((-1, 0, 1) if r else (0,) for r in reach)):
+    parts: list[tuple[Size3, torch.Tensor, torch.Tensor]] = []
+    steps = [(-1, 0, 1) if r else (0,) for r in reach]
+    for direction in product(steps[0], steps[1], steps[2]):
         places = cells + torch.tensor((0, *direction), device=cells.device)
         inside = ((places[:, 1:] >= 0) & (places[:, 1:] < limits)).all(1).nonzero().squeeze(1)
         parts.append((direction, inside, places[inside]))

@@ -60,7 +60,7 @@ def encoder_depth(name: str, n_stages: int) -> int:
     """
     if name.startswith("transformer."):
         return 0
-    match = re.match(r"cnn\.(?:stages|widen)\.(\d+)\.", name)
+    match = re.match(r"cnn\.(?:encoder\.)?(?:stages|widen)\.(\d+)\.", name)
     return n_stages - int(match.group(1)) if match else n_stages
 
 

@@ -118,7 +118,8 @@ def test_signature_is_nnunet_s():
     """Every derived value is an argument, and nnU-Net's own are there."""
     parameters = inspect.signature(HySparKUNet).parameters
     kwargs = derive_arch_kwargs(*PLANS["isotropic"][:2], SMALL)
-    assert {"input_channels", "num_classes", "deep_supervision"} | set(kwargs) == set(parameters)
+    own = {"input_channels", "num_classes", "deep_supervision", "cnn"}
+    assert own | set(kwargs) == set(parameters)
 
 
 def test_segmentation_layers_have_nnunet_s_name():

@@ -1,0 +1,1 @@
+"""Timing the block path against dense references, interleaved in one process."""

@@ -1,0 +1,232 @@
+"""The measurements of `hyspark benchmark`."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..geometry import Size3
+from ..networks.topology import PAPER_STRIDES, ArchitectureConfig, derive_arch_kwargs
+from ..pretext.build import build_hyspark
+from ..pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
+from ..training.parameters import decay_groups
+from ..transfer.description import package_versions
+from .memory import peak_gb
+from .operations import forward_gmac
+from .reference import dense_then_mask, official_like
+from .timing import ceilings, interleave
+
+STEPS = {
+    "default": HySparKConfig(),
+    "official": HySparKConfig(decoder_width=768, fuse_finest=False, decoder_norm="batch"),
+}
+VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {
+    "blocks": lambda model: model,
+    "dense": dense_then_mask,
+    "official-like": official_like,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure."""
+
+    size: Size3 = (96, 96, 96)
+    batch: int = 1
+    mask_ratio: float = 0.75
+    step: str = "default"
+    base_width: int = 32
+    device: str = "cpu"
+    precision: str = "float32"
+    compile: bool = False
+    repeats: int = 5
+    budget: float = 300.0
+
+
+def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.Tensor]:
+    """Network, image ``(B, 1, D, H, W)`` and mask of a request, the same for every variant."""
+    torch.manual_seed(0)
+    config = ArchitectureConfig(base_width=request.base_width)
+    arch_kwargs = derive_arch_kwargs(PAPER_STRIDES, [(3, 3, 3)] * len(PAPER_STRIDES), config)
+    model = VARIANTS[variant](build_hyspark(1, arch_kwargs, STEPS[request.step])).to(request.device)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(request.batch, 1, *request.size, generator=generator).to(request.device)
+    visible = model.draw_mask(request.batch, request.size, request.mask_ratio, generator).to(request.device)
+    return model, image, visible
+
+
+def autocast(request: Request) -> Any:
+    """The precision's context."""
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[request.precision]
+    return torch.autocast(request.device, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def make_step(request: Request, variant: str) -> Callable[[], float]:
+    """A whole training step: zero_grad, forward, loss, backward, AdamW."""
+    model, image, visible = build(request, variant)
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=1e-4)
+    network = torch.compile(model) if request.compile else model
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(request):
+            reconstruction = network(image, visible)
+        loss = reconstruction_loss(image, reconstruction, visible)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def make_encoder(request: Request, variant: str, backward: bool) -> Callable[[], object]:
+    """The encoder alone, forward or forward and backward."""
+    model, image, visible = build(request, variant)
+
+    def run() -> object:
+        with torch.set_grad_enabled(backward):
+            with autocast(request):
+                layout = model.layout(visible)
+                features = model.encoder(layout.gather(image), layout)
+            if backward:
+                model.zero_grad(set_to_none=True)
+                sum(feature.float().square().mean() for feature in features).backward()
+        return features
+
+    return run
+
+
+def check_agreement(request: Request) -> dict[str, float]:
+    """Largest relative difference of every variant's loss to the block path's. Raises RuntimeError above 1e-4."""
+    losses = {}
+    for variant in VARIANTS:
+        model, image, visible = build(request, variant)
+        with torch.no_grad(), autocast(request):
+            losses[variant] = reconstruction_loss(image, model(image, visible), visible).item()
+    differences = {v: abs(loss - losses["blocks"]) / abs(losses["blocks"]) for v, loss in losses.items()}
+    limit = 1e-4 if request.precision == "float32" else 2e-2
+    wrong = {v: d for v, d in differences.items() if d > limit}
+    if wrong:
+        raise RuntimeError(
+            f"variants disagree with the block path by {wrong}, expected at most {limit}; figures would not compare."
+        )
+    return differences
+
+
+def measure(request: Request, what: list[str], ratios: list[float], log: Callable[[str], None]) -> dict[str, Any]:
+    """Runs the measurements.
+
+    Args:
+        request: sizes, precision, device.
+        what: any of ``encoder``, ``step``, ``memory``, ``ratios``.
+        ratios: mask ratios of the last one.
+        log: takes a line.
+
+    Returns:
+        Plain values for JSON.
+    """
+    device = torch.device(request.device)
+    results: dict[str, Any] = {
+        "request": asdict(request),
+        "machine": {
+            "processor": processor_name(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        },
+        "versions": package_versions(),
+        "relative_difference_of_loss": check_agreement(request),
+        "ceilings": ceilings(device),
+    }
+    top = results["ceilings"]["matmul_gflops"]
+    if "encoder" in what:
+        for name, backward in (("encoder_forward", False), ("encoder_forward_backward", True)):
+            runs = {v: make_encoder(request, v, backward) for v in VARIANTS}
+            timings = interleave(runs, request.repeats, request.budget, device)
+            gmac = {v: forward_gmac(run) for v, run in runs.items()} if not backward else None
+            results[name] = summary(timings, gmac, top)
+            log(table(name, results[name]))
+    if "step" in what:
+        timings = interleave({v: make_step(request, v) for v in VARIANTS}, request.repeats, request.budget, device)
+        gmac = {}
+        for variant in VARIANTS:
+            model, image, visible = build(request, variant)
+            gmac[variant] = forward_gmac(functools.partial(model, image, visible))
+        results["step"] = summary(timings, gmac, top, passes=3)
+        log(table(f"training step ({request.step})", results["step"]))
+    if "memory" in what:
+        results["memory_gb"] = {
+            v: peak_gb(functools.partial(make_step, request, v), device) for v in VARIANTS
+        }
+        log("peak memory of a step, GB: " + ", ".join(f"{v} {gb:.2f}" for v, gb in results["memory_gb"].items()))
+    if "ratios" in what:
+        results["by_mask_ratio"] = by_ratio(request, ratios, device)
+        log("encoder forward+backward over its time with nothing hidden: "
+            + ", ".join(f"{r}: {v:.3f} (1-r = {1 - float(r):.2f})" for r, v in results["by_mask_ratio"].items()))
+    return results
+
+
+def by_ratio(request: Request, ratios: list[float], device: torch.device) -> dict[str, float]:
+    """Encoder forward and backward at each mask ratio over the same with every cell visible, in rounds."""
+    model, image, visible = build(request, "blocks")
+    generator = torch.Generator().manual_seed(0)
+
+    def run_with(mask: torch.Tensor) -> Callable[[], object]:
+        def run() -> object:
+            with autocast(request):
+                layout = model.layout(mask)
+                features = model.encoder(layout.gather(image), layout)
+            model.zero_grad(set_to_none=True)
+            sum(feature.float().square().mean() for feature in features).backward()
+            return features
+
+        return run
+
+    runs = {"0": run_with(torch.ones_like(visible))}
+    for ratio in ratios:
+        mask = model.draw_mask(request.batch, request.size, ratio, generator).to(device)
+        runs[str(ratio)] = run_with(mask)
+    timings = interleave(runs, request.repeats, request.budget, device)
+    return {str(ratio): 1 / timings.ratio("0", str(ratio)) for ratio in ratios}
+
+
+def summary(timings: Any, gmac: dict[str, float] | None, top: float, passes: int = 1) -> dict[str, Any]:
+    """Medians, spread, ratios to the block path, counted operations and share of the matmul ceiling."""
+    rows = {}
+    for variant, median in timings.medians().items():
+        row = {
+            "median_s": median,
+            "min_s": min(timings.seconds[variant]),
+            "max_s": max(timings.seconds[variant]),
+            "repeats": len(timings.seconds[variant]),
+            "ratio_to_blocks": timings.ratio(variant, "blocks"),
+        }
+        if gmac:
+            row["forward_gmac"] = gmac[variant]
+            row["share_of_matmul_ceiling"] = 2 * passes * gmac[variant] / median / top
+        rows[variant] = row
+    return rows
+
+
+def table(title: str, rows: dict[str, Any]) -> str:
+    """Lines for the screen."""
+    head = f"  {'variant':<15}{'median s':>10}{'min':>9}{'max':>9}{'x blocks':>10}{'GMAC':>9}{'of peak':>9}"
+    lines = [f"{title}:", head]
+    for variant, row in rows.items():
+        extra = f"{row['forward_gmac']:>9.1f}{row['share_of_matmul_ceiling']:>9.0%}" if "forward_gmac" in row else ""
+        lines.append(f"  {variant:<15}{row['median_s']:>10.3f}{row['min_s']:>9.3f}{row['max_s']:>9.3f}"
+                     f"{row['ratio_to_blocks']:>10.2f}{extra}")
+    return "\n".join(lines)
+
+
+def processor_name() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

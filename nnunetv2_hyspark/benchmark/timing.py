@@ -1,0 +1,76 @@
+"""Interleaved timings and paired ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of every repeat per variant, in the order they ran."""
+
+    seconds: dict[str, list[float]]
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds per variant."""
+        return {name: median(values) for name, values in self.seconds.items()}
+
+    def ratio(self, slow: str, fast: str) -> float:
+        """Median over repeats of ``slow / fast``, both from the same round."""
+        return median(a / b for a, b in zip(self.seconds[slow], self.seconds[fast]))
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]], repeats: int, budget: float, device: torch.device
+) -> Timings:
+    """Times variants in rounds, each round in another order, after one round that does not count.
+
+    Args:
+        variants: what to run, by name.
+        repeats: rounds that count.
+        budget: seconds after which no further round starts; one round is always counted.
+        device: synchronised around every run.
+
+    Raises:
+        ValueError: if there is nothing to time.
+    """
+    if not variants or repeats < 1:
+        raise ValueError(f"there are {len(variants)} variants and {repeats} repeats; expected at least one of each.")
+    names = list(variants)
+    start = perf_counter()
+    for name in names:
+        variants[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(repeats):
+        if number and perf_counter() - start > budget:
+            break
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            _wait(device)
+            begin = perf_counter()
+            variants[name]()
+            _wait(device)
+            seconds[name].append(perf_counter() - begin)
+    return Timings(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ceilings(device: torch.device, size: int = 2048) -> dict[str, float]:
+    """This machine's matrix multiplication in GFLOP/s and copy in GB/s (bytes read plus written), float32."""
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    source = torch.randn(2**25, device=device)
+    target = torch.empty_like(source)
+    timings = interleave({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, 5, 30, device).medians()
+    return {
+        "matmul_gflops": 2 * size**3 / timings["matmul"] / 1e9,
+        "copy_gbs": 2 * source.numel() * 4 / timings["copy"] / 1e9,
+    }

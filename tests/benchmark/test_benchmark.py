@@ -1,0 +1,69 @@
+"""The benchmark's references compute the same, its ratios are paired, its counts are right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from nnunetv2_hyspark.benchmark.operations import forward_gmac
+from nnunetv2_hyspark.benchmark.run import VARIANTS, Request, build, check_agreement
+from nnunetv2_hyspark.benchmark.timing import Timings, interleave
+from nnunetv2_hyspark.cli.main import main
+from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
+
+TINY = Request(size=(32, 32, 32), base_width=8, batch=2, repeats=2)
+
+
+@pytest.mark.parametrize("step", ["default", "official"])
+def test_variants_agree_in_loss_and_gradients(step):
+    request = Request(size=(32, 32, 32), base_width=8, batch=2, step=step)
+    assert set(check_agreement(request)) == set(VARIANTS)
+    gradients = {}
+    for variant in VARIANTS:
+        model, image, visible = build(request, variant)
+        model = model.double()
+        loss = reconstruction_loss(image.double(), model(image.double(), visible), visible)
+        gradients[variant] = torch.autograd.grad(loss, list(model.parameters()))
+    for variant in VARIANTS:
+        for got, want in zip(gradients[variant], gradients["blocks"]):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_blocks_cost_about_the_visible_share():
+    gmac = {}
+    for variant in ("blocks", "dense"):
+        model, image, visible = build(TINY, variant)
+        layout = model.layout(visible)
+        gmac[variant] = forward_gmac(lambda m=model, i=image, la=layout: m.encoder(la.gather(i), la))
+    assert 0.2 < gmac["blocks"] / gmac["dense"] < 0.3
+
+
+def test_counts_a_convolution():
+    conv, x = nn.Conv3d(2, 3, 3, padding=1), torch.randn(1, 2, 4, 4, 4)
+    assert forward_gmac(lambda: conv(x)) == pytest.approx(64 * 27 * 2 * 3 / 1e9)
+
+
+def test_ratios_are_medians_of_pairs():
+    timings = Timings({"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 4.0]})
+    assert timings.ratio("a", "b") == 2.0
+
+
+def test_the_budget_ends_the_rounds_and_one_is_always_counted():
+    timings = interleave({"a": lambda: None, "b": lambda: None}, 5, budget=-1.0, device=torch.device("cpu"))
+    assert {name: len(values) for name, values in timings.seconds.items()} == {"a": 1, "b": 1}
+    with pytest.raises(ValueError, match="0 variants"):
+        interleave({}, 5, 1.0, torch.device("cpu"))
+
+
+def test_command_writes_json_and_answers_mistakes(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    small = ["--size", "32", "32", "32", "--base-width", "8", "--device", "cpu", "--repeats", "1"]
+    assert main(["benchmark", "--what", "step", "ratios", "--ratios", "0.5", *small, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert set(figures["step"]) == set(VARIANTS) and "0.5" in figures["by_mask_ratio"]
+    assert figures["step"]["blocks"]["ratio_to_blocks"] == 1.0
+    assert main(["benchmark", "--what", "step", *small, "--size", "33", "32", "32"]) == 2
+    assert "not divisible" in capsys.readouterr().err

@@ -36,6 +36,7 @@ from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
 from nnunetv2_hyspark.training.tensorboard import TensorBoardLogger
 from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
 from nnunetv2_hyspark.training.validation import validate_cases, write_summary
+from nnunetv2_hyspark.transfer.loading import load_pretraining
 
 
 class HySparKPretrainTrainer(ResumableTrainer):
@@ -98,6 +99,15 @@ class HySparKPretrainTrainer(ResumableTrainer):
         grid = as_size3(int(p // s) for p, s in zip(self.patch_size, encoder_strides))
         count_visible(grid, self.options.mask_ratio)
         super().initialize()
+        self.model.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
+
+    def load_pretrained(self, filename: str) -> None:
+        """Goes on from another pre-training, or from an imported file: loads its encoder, and its reconstruction
+        decoder where that fits; the report goes into the log and into ``load_report.json``."""
+        report = load_pretraining(self.model, filename)
+        self.print_to_log_file(report.table(), add_timestamp=False)
+        if self.local_rank == 0:
+            report.write_json(Path(self.output_folder) / "load_report.json")
 
     @staticmethod
     def build_network_architecture(

@@ -166,7 +166,13 @@ class HySparK(nn.Module):
         encoder: hybrid encoder; runs on visible blocks only.
         reconstruction: decoder with mask tokens and projections.
         layout: how masked input is computed: :class:`BlockLayout`, or :class:`DenseMaskLayout` for reference.
+
+    Attributes:
+        hyspark_load_pretrained: who loads ``-pretrained_weights`` in place of nnU-Net, given the file's name; a trainer
+            of ours sets it, the start-up hook calls it.
     """
+
+    hyspark_load_pretrained: Callable[[str], None] | None = None
 
     def __init__(
         self,

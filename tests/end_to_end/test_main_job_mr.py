@@ -152,3 +152,15 @@ def test_the_baseline_trains_from_scratch_and_refuses_weights(trained):
     weights = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, "all") / "checkpoint_final.pth"
     log = workspace.run(*command, "-pretrained_weights", weights, settings=short, expect=-1)
     assert "use -tr HySparKFinetuneTrainer" in log
+
+
+def test_pre_training_goes_on_from_another_checkpoint(trained):
+    workspace, _ = trained
+    weights = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, "all") / "checkpoint_final.pth"
+    log = workspace.run(
+        "nnUNetv2_train", 4, "3d_fullres", 2, "-tr", "HySparKPretrainTrainer", "-p", PLANS, "-device", "cpu",
+        "-pretrained_weights", weights,
+        settings=workspace.settings.replace("pretraining.epochs=3", "pretraining.epochs=1"),
+    )  # fmt: skip
+    rows = {line.split()[0]: line.split()[1] for line in log.splitlines() if line.startswith(("encoder.", "reconstr"))}
+    assert set(rows.values()) == {"loaded"} and len(rows) > 4

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
+import os
 from collections.abc import Callable
 
 import torch
 
 
+def _status_gb(key: str) -> float:
+    """An entry of Linux's process status in GB. ``ru_maxrss`` will not do: a child inherits its parent's peak."""
+    with open("/proc/self/status", encoding="utf-8") as stream:
+        return next(int(line.split()[1]) for line in stream if line.startswith(f"{key}:")) * 1024 / 1e9
+
+
 def _peak_of(run: Callable[[], Callable[[], object]], connection) -> None:
     step = run()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status_gb("VmRSS")
     step()
-    connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9)
+    connection.send(_status_gb("VmHWM") - before)
 
 
 def peak_gb(make_step: Callable[[], Callable[[], object]], device: torch.device) -> float:
@@ -21,7 +27,7 @@ def peak_gb(make_step: Callable[[], Callable[[], object]], device: torch.device)
 
     Args:
         make_step: builds network and data and returns the step; must be picklable on the CPU, where it runs in a fresh
-            process (rise of the largest resident set). On CUDA, the rise of PyTorch's allocated memory.
+            process (rise of the largest resident set; Linux only). On CUDA, the rise of PyTorch's allocated memory.
     """
     if device.type == "cuda":
         step = make_step()
@@ -30,6 +36,8 @@ def peak_gb(make_step: Callable[[], Callable[[], object]], device: torch.device)
         before = torch.cuda.memory_allocated(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e9
+    if not os.path.exists("/proc/self/status"):
+        return float("nan")
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_peak_of, args=(make_step, sender))

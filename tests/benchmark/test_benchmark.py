@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnunetv2_hyspark.benchmark.memory import peak_gb
 from nnunetv2_hyspark.benchmark.operations import forward_gmac
 from nnunetv2_hyspark.benchmark.run import VARIANTS, Request, build, check_agreement
 from nnunetv2_hyspark.benchmark.timing import Timings, interleave
@@ -67,3 +68,11 @@ def test_command_writes_json_and_answers_mistakes(tmp_path, capsys):
     assert figures["step"]["blocks"]["ratio_to_blocks"] == 1.0
     assert main(["benchmark", "--what", "step", *small, "--size", "33", "32", "32"]) == 2
     assert "not divisible" in capsys.readouterr().err
+
+
+def test_peak_memory_counts_what_a_step_allocates():
+    assert 0.3 < peak_gb(allocate_400_mb, torch.device("cpu")) < 0.6
+
+
+def allocate_400_mb():
+    return lambda: torch.zeros(100_000_000).sum()

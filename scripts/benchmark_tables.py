@@ -26,7 +26,8 @@ Three ways to compute the same network with the same weights, run in turn in one
 `x blocks` is the median over rounds of the variant's time over the block path's in the same round. `GMAC` are
 multiply-adds of one forward pass, counted from the shapes that ran. `of peak` is that count, twice, and three times
 for a whole step, per second, over this machine's measured float32 matrix multiplication. Memory is the rise of the
-resident set (CPU) during one step in a fresh process.
+resident set (CPU) during one step in a fresh process, above weights and data. A share above 100 % says that the
+measured matrix multiplication was no ceiling for the convolutions (the two were not equally undisturbed).
 
 What was never measured: anything on a GPU.
 """

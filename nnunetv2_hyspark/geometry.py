@@ -12,8 +12,9 @@ Size3 = tuple[int, int, int]
 
 def as_size3(value: Iterable[int] | int, name: str = "size") -> Size3:
     """Returns ``value`` as three positive ints; a single int is repeated. Raises ValueError otherwise."""
-    sizes = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
-    if len(sizes) != 3 or min(sizes) < 1:
+    given = (value,) * 3 if isinstance(value, int) else tuple(value)
+    sizes = tuple(int(v) for v in given)
+    if len(sizes) != 3 or min(sizes) < 1 or sizes != given:
         raise ValueError(f"{name} is {value}; expected three positive whole numbers (D, H, W).")
     return sizes[0], sizes[1], sizes[2]
 

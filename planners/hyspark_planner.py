@@ -19,6 +19,7 @@ from nnunetv2_hyspark.planning.patch import initial_patch, patch_candidates
 from nnunetv2_hyspark.planning.sharing import shares_data
 from nnunetv2_hyspark.planning.topology import Topology, plan_topology
 from nnunetv2_hyspark.training.settings import resolve_settings
+from nnunetv2_hyspark.user_errors import show_user_errors_as_sentences
 
 STOCK_PLANS = "nnUNetPlans"
 
@@ -41,6 +42,7 @@ class HySparKPlanner(ExperimentPlanner):
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
         suppress_transpose: bool = False,
     ):
+        show_user_errors_as_sentences()
         super().__init__(
             dataset_name_or_id, gpu_memory_target_in_gb, preprocessor_name, plans_name, overwrite_target_spacing,
             suppress_transpose,

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..networks.topology import architecture_of
 from ..transfer.description import describe, fingerprint_digest
 from ..transfer.reading import read_checkpoint
+from ..user_errors import show_user_errors_as_sentences
 from .checkpoints import (
     LATEST,
     checkpoints_in,
@@ -72,6 +73,7 @@ class HySparKTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008
     ):
+        show_user_errors_as_sentences()
         plans = copy.deepcopy(plans)
         resolved = PlansManager(plans).get_configuration(configuration).configuration
         self.check_configuration(configuration, resolved)

@@ -60,6 +60,19 @@ def test_fine_tuning_reports_the_load_and_starts_from_the_encoder(trained):
     assert "Mean Validation Dice" in log
 
 
+def test_a_truncated_checkpoint_is_refused_by_a_sentence(trained, tmp_path: Path):
+    workspace, _ = trained
+    whole = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, "all") / "checkpoint_final.pth"
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(whole.read_bytes()[:-1000])
+    said = workspace.run(
+        "nnUNetv2_train", 4, "3d_fullres", 1, "-tr", "HySparKFinetuneTrainer", "-p", PLANS, "-device", "cpu",
+        "-pretrained_weights", broken, expect=1,
+    )
+    assert f"nnunetv2_hyspark: error: {broken}" in said
+    assert "Traceback" not in said
+
+
 def predict(workspace, output: Path, *extra) -> list[Path]:
     images = workspace.raw / DATASET / "imagesTs"
     command = ("nnUNetv2_predict", "-d", 4, "-tr", "HySparKFinetuneTrainer", "-p", PLANS, "-c", "3d_fullres", "-f", 0)

@@ -155,6 +155,8 @@ class HySparKPretrainTrainer(ResumableTrainer):
     def _crops(self, identifiers: list[str], purpose: int, flip_axes: tuple[int, ...], in_order: bool) -> CropBatches:
         cases = self._images(identifiers)
         grid = self.model.encoder.grid(self.patch_size)
+        # label 1 of other data sets is an annotation, and annotations are never looked at
+        has_mask = "foreground_mask" in self.dataset_json.get("hyspark", {})
         return CropBatches(
             [path for _, path in cases],
             [name for name, _ in cases],
@@ -166,6 +168,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
             in_order,
             self.configuration_manager.batch_size,
             self.options.on_broken_case,
+            self.options.foreground_fraction if has_mask else 0.0,
         )
 
     def get_dataloaders(self) -> tuple[Batches, Batches]:

@@ -10,6 +10,7 @@ from typing import Any
 import blosc2
 import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
 
 def find_image(folder: str | os.PathLike[str], identifier: str) -> Path:
@@ -96,4 +97,33 @@ def random_corner(shape: Sequence[int], size: Sequence[int], rng: np.random.Gene
     for extent, edge in zip(shape, size):
         low, high = min(0, extent - edge), max(0, extent - edge)
         corner.append(int(rng.integers(low, high + 1)))
+    return corner
+
+
+def foreground_voxels(path: Path, at_most: int = 256) -> np.ndarray:
+    """Some voxels of the foreground mask that ``hyspark prepare`` made, as nnU-Net's preprocessing has sampled them.
+
+    Args:
+        path: preprocessed image; nnU-Net keeps the case's properties beside it.
+        at_most: how many are kept, spread evenly over nnU-Net's sample.
+
+    Returns:
+        int32 ``(n, 3)``, voxels of the preprocessed image; empty where nothing is known.
+    """
+    properties = path.with_suffix(".pkl")
+    sampled = load_pickle(str(properties)).get("class_locations", {}).get(1, ()) if properties.is_file() else ()
+    if len(sampled) == 0:
+        return np.empty((0, 3), np.int32)
+    return np.asarray(sampled)[:: -(-len(sampled) // at_most), 1:].astype(np.int32)
+
+
+def corner_around(center: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> list[int]:
+    """First voxel of a box around a voxel, moved as little as needed to lie inside the image.
+
+    Along axes longer than the image it is moved as little as needed to hold the image.
+    """
+    corner = []
+    for middle, extent, edge in zip(center, shape, size):
+        low, high = min(0, extent - edge), max(0, extent - edge)
+        corner.append(min(max(int(middle) - edge // 2, low), high))
     return corner

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..geometry import Size3
-from .cases import image_shape, random_corner, read_crop
+from .cases import corner_around, foreground_voxels, image_shape, random_corner, read_crop
 
 DrawMask = Callable[[torch.Generator], torch.Tensor]
 
@@ -54,6 +54,8 @@ class CropBatches(Dataset):
         in_order: take cases in turn instead of at random (validation).
         global_batch: samples of all processes together; the number of positions if not given.
         on_broken_case: ``"stop"``, or ``"skip"``: another case is drawn instead of one that cannot be read.
+        foreground_fraction: share of crops around a random voxel of the foreground, see :func:`foreground_voxels`; the
+            others lie anywhere.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class CropBatches(Dataset):
         in_order: bool = False,
         global_batch: int | None = None,
         on_broken_case: str = "stop",
+        foreground_fraction: float = 0.0,
     ):
         if not files:
             raise ValueError("there is no case to draw crops from; expected at least one preprocessed image.")
@@ -81,7 +84,9 @@ class CropBatches(Dataset):
         self.in_order = in_order
         self.global_batch = global_batch or len(self.positions)
         self.on_broken_case = on_broken_case
+        self.foreground_fraction = foreground_fraction
         self._shapes: dict[int, Size3] = {}
+        self._foreground: dict[int, np.ndarray] = {}
 
     def _first_case(self, rng: np.random.Generator, step: int, position: int) -> int:
         if self.in_order:
@@ -93,12 +98,22 @@ class CropBatches(Dataset):
         firsts = [self._first_case(np.random.default_rng((*self.seed, step, p)), step, p) for p in self.positions]
         return [self.names[case] for case in firsts]
 
+    def _corner(self, case: int, rng: np.random.Generator) -> list[int]:
+        shape = self._shapes[case]
+        if self.foreground_fraction and rng.random() < self.foreground_fraction:
+            if case not in self._foreground:
+                self._foreground[case] = foreground_voxels(self.files[case])
+            voxels = self._foreground[case]
+            if len(voxels):
+                return corner_around(voxels[rng.integers(len(voxels))], shape, self.patch_size)
+        return random_corner(shape, self.patch_size, rng)
+
     def _read(self, case: int, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
         path = self.files[case]
         try:
             if case not in self._shapes:
                 self._shapes[case] = image_shape(path)
-            corner = random_corner(self._shapes[case], self.patch_size, rng)
+            corner = self._corner(case, rng)
             return read_crop(path, corner, self.patch_size), corner
         except FileNotFoundError:
             raise ValueError(

@@ -48,6 +48,11 @@ class HySparKConfig:
     flip_axes: tuple[int, ...] = field(
         default=(0, 1, 2), metadata={"choices": (0, 1, 2), "help": "axes that are flipped at random"}
     )
+    foreground_fraction: float = field(
+        default=0.67,
+        metadata={"range": (0.0, 1.0), "help": "share of crops around a voxel of the foreground mask that `hyspark "
+                  "prepare` made; the others lie anywhere, and so do all crops of other data sets"},
+    )
     batch_size: int = field(default=0, metadata={"range": (0, 4096), "help": "crops per step; 0: the plan's"})
     accumulate: int = field(
         default=1,

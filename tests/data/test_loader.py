@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from nnunetv2_hyspark.data.cases import corner_around, foreground_voxels
 from nnunetv2_hyspark.data.loader import Batches, CropBatches
 from nnunetv2_hyspark.masking import random_visible
 
@@ -143,6 +147,54 @@ def test_when_nothing_can_be_read_skipping_ends_too(files) -> None:
         path.unlink()
     with pytest.raises(ValueError, match="20 cases in a row could not be read"):
         next(Batches(dataset(files, on_broken_case="skip"), range(2), 0, False))
+
+
+def sampled_foreground(path: Path, voxels: np.ndarray) -> None:
+    """What nnU-Net's preprocessing leaves beside a case."""
+    with path.with_suffix(".pkl").open("wb") as file:
+        pickle.dump({"class_locations": {1: np.insert(voxels, 0, 0, axis=1)}}, file)
+
+
+def test_crops_prefer_the_foreground(files) -> None:
+    """Every crop holds one of the foreground's voxels; without preference, or without a mask, most do not."""
+    corner_voxels = np.array([[11, 8, 6], [10, 8, 6]])
+    patch = (4, 4, 4)
+    for path in files[:4]:
+        sampled_foreground(path, corner_voxels)
+
+    def share(fraction: float, cases: list[Path]) -> float:
+        mask = functools.partial(random_visible, 1, (2, 2, 2), 0.5)
+        made = CropBatches(
+            cases, [p.stem for p in cases], patch, range(4), mask, (0, 0), foreground_fraction=fraction
+        )
+        corners = [c for step in range(50) for c in made[step]["corners"]]
+        held = [all(low <= v < low + 4 for low, v in zip(corner, corner_voxels[0])) for corner in corners]
+        return float(np.mean(held))
+
+    assert share(1.0, files[:4]) == 1.0
+    assert 0.4 < share(0.5, files[:4]) < 0.7
+    assert share(0.0, files[:4]) < 0.2
+    assert share(1.0, files[4:]) < 0.2
+
+
+def test_few_of_the_sampled_voxels_are_kept(tmp_path) -> None:
+    sampled_foreground(tmp_path / "a.b2nd", np.arange(3000).reshape(-1, 3))
+    kept = foreground_voxels(tmp_path / "a.b2nd", at_most=256)
+    assert kept.shape[1] == 3 and 200 <= len(kept) <= 256
+    assert kept[0].tolist() == [0, 1, 2]
+    sampled_foreground(tmp_path / "a.b2nd", np.empty((0, 3), int))
+    assert foreground_voxels(tmp_path / "a.b2nd").shape == (0, 3)
+
+
+@given(
+    axes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.floats(0, 0.999)), min_size=3, max_size=3)
+)
+def test_a_box_around_a_voxel_holds_it_and_stays_inside(axes) -> None:
+    shape, size = [a[0] for a in axes], [a[1] for a in axes]
+    center = [int(a[2] * a[0]) for a in axes]
+    for low, edge, extent, voxel in zip(corner_around(center, shape, size), size, shape, center):
+        assert low <= voxel < low + edge
+        assert (low >= 0 and low + edge <= extent) if edge <= extent else (low <= 0 and low + edge >= extent)
 
 
 def test_no_cases() -> None:

@@ -348,6 +348,22 @@ class HySparKTrainer(nnUNetTrainer):
             restore_random_state(checkpoint["random_state"])
         self.restore_run_state(checkpoint)
         self.was_resumed = True
+        self._say_what_changed(checkpoint)
+
+    def _say_what_changed(self, checkpoint: dict[str, Any]) -> None:
+        before = checkpoint.get("hyspark", {}).get("settings", {})
+        now = json.loads(json.dumps(self.settings.as_dict(self.stage)))
+        changes = [
+            f"{section}.{key} was {before[section][key]}, is {value}"
+            for section, values in now.items()
+            for key, value in values.items()
+            if key in before.get(section, {}) and before[section][key] != value
+        ]
+        if changes and self.continue_training:
+            self.print_to_log_file(
+                f"WARNING: this run goes on with other settings than it had: {'; '.join(changes)}. If that is not "
+                f"meant, stop it and set nnUNet_hyspark and the plans as they were."
+            )
 
     def restore_run_state(self, checkpoint: dict[str, Any]) -> None:
         """Takes over what :meth:`run_state` wrote."""

@@ -77,6 +77,17 @@ def test_stopped_and_resumed_is_bit_equal(make_trainer, tmp_path, number, steps,
     assert torch.equal(reference["random_state"]["torch"], resumed["random_state"]["torch"])
 
 
+def test_changed_settings_are_said_when_a_run_goes_on(make_trainer):
+    first = make_trainer()
+    stop_after(first, 2)
+    with pytest.raises(SystemExit):
+        first.run_training()
+    same = Path(make_trainer(continue_training=True).log_file).read_text()
+    assert "other settings" not in same
+    changed = make_trainer("pretraining.mask_ratio=0.5", continue_training=True)
+    assert "pretraining.mask_ratio was 0.75, is 0.5" in Path(changed.log_file).read_text()
+
+
 def test_random_state_is_restored(make_trainer):
     first = make_trainer()
     stop_after(first, 2)

@@ -77,6 +77,21 @@ def section(figures: dict[str, Any]) -> list[str]:
         lines += ["| mask ratio | time | 1 - ratio |", "|---|---|---|"]
         lines += [f"| {r} | {t:.3f} | {1 - float(r):.2f} |" for r, t in figures["by_mask_ratio"].items()]
         lines.append("")
+    if "loading" in figures:
+        loading = figures["loading"]
+        voxels = "x".join(map(str, loading["case_voxels"]))
+        lines += [
+            f"**Loading crops** from synthetic cases of {voxels} voxels, compressed as nnU-Net does, on "
+            f"{loading['processors']} processors; the share of its time that a training with steps of "
+            f"{1000 * loading['step_seconds']:.0f} ms waits", "", "| workers | crops/s | per worker | waiting |",
+            "|---|---|---|---|",
+        ]
+        for workers, row in loading["by_workers"].items():
+            rate = row["crops_per_second"]
+            lines.append(
+                f"| {workers} | {rate:.1f} | {rate / max(int(workers), 1):.1f} | {row['waiting_share']:.0%} |"
+            )
+        lines.append("")
     return lines
 
 

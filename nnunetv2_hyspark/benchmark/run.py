@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..geometry import Size3
+from ..geometry import Size3, as_size3, cumulative_strides, divide
 from ..networks.topology import PAPER_STRIDES, ArchitectureConfig, derive_arch_kwargs
 from ..pretext.build import build_hyspark
 from ..pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
 from ..training.parameters import decay_groups
 from ..transfer.description import package_versions
+from .loading import measure_loading, write_cases
 from .memory import peak_gb
 from .operations import forward_gmac
 from .reference import dense_then_mask, official_like
@@ -101,20 +105,37 @@ def make_encoder(request: Request, variant: str, backward: bool) -> Callable[[],
     return run
 
 
-def check_agreement(request: Request) -> dict[str, float]:
-    """Largest relative difference of every variant's loss to the block path's. Raises RuntimeError above 1e-4."""
-    losses = {}
+def check_agreement(request: Request) -> dict[str, dict[str, float]]:
+    """Largest relative difference of every variant to the block path: of the loss, and of all gradients (L2).
+
+    Raises:
+        RuntimeError: above 1e-4 in loss and 1e-2 in gradients (single ReLU inputs within rounding of zero flip); in half
+            precision 2e-2 and 0.2.
+    """
+    losses, gradients = {}, {}
     for variant in VARIANTS:
         model, image, visible = build(request, variant)
-        with torch.no_grad(), autocast(request):
-            losses[variant] = reconstruction_loss(image, model(image, visible), visible).item()
-    differences = {v: abs(loss - losses["blocks"]) / abs(losses["blocks"]) for v, loss in losses.items()}
-    limit = 1e-4 if request.precision == "float32" else 2e-2
-    wrong = {v: d for v, d in differences.items() if d > limit}
-    if wrong:
-        raise RuntimeError(
-            f"variants disagree with the block path by {wrong}, expected at most {limit}; figures would not compare."
-        )
+        with autocast(request):
+            reconstruction = model(image, visible)
+        loss = reconstruction_loss(image, reconstruction, visible)
+        loss.backward()
+        losses[variant] = loss.item()
+        gradients[variant] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu()
+        del model, reconstruction, loss
+    exact = request.precision == "float32"
+    limits = {"loss": 1e-4, "gradients": 1e-2} if exact else {"loss": 2e-2, "gradients": 0.2}
+    reference = gradients["blocks"]
+    differences = {
+        "loss": {v: abs(loss - losses["blocks"]) / abs(losses["blocks"]) for v, loss in losses.items()},
+        "gradients": {v: float((g - reference).norm() / reference.norm()) for v, g in gradients.items()},
+    }
+    for what, limit in limits.items():
+        wrong = {v: d for v, d in differences[what].items() if not d <= limit}
+        if wrong:
+            raise RuntimeError(
+                f"variants disagree with the block path in their {what} by {wrong}, expected at most {limit}; figures "
+                f"would not compare."
+            )
     return differences
 
 
@@ -123,7 +144,7 @@ def measure(request: Request, what: list[str], ratios: list[float], log: Callabl
 
     Args:
         request: sizes, precision, device.
-        what: any of ``encoder``, ``step``, ``memory``, ``ratios``.
+        what: any of ``encoder``, ``step``, ``memory``, ``ratios``, ``loading``.
         ratios: mask ratios of the last one.
         log: takes a line.
 
@@ -139,7 +160,7 @@ def measure(request: Request, what: list[str], ratios: list[float], log: Callabl
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
         "versions": package_versions(),
-        "relative_difference_of_loss": check_agreement(request),
+        "relative_differences": check_agreement(request),
         "ceilings": ceilings(device),
     }
     top = results["ceilings"]["matmul_gflops"]
@@ -167,7 +188,31 @@ def measure(request: Request, what: list[str], ratios: list[float], log: Callabl
         results["by_mask_ratio"] = by_ratio(request, ratios, device)
         log("encoder forward+backward over its time with nothing hidden: "
             + ", ".join(f"{r}: {v:.3f} (1-r = {1 - float(r):.2f})" for r, v in results["by_mask_ratio"].items()))
+    if "loading" in what:
+        results["loading"] = loading(request)
+        log(loading_table(results["loading"]))
     return results
+
+
+def loading(request: Request) -> dict[str, Any]:
+    """Crops per second from synthetic cases of twice the crop's edges, and the waiting of a step of 10 ms."""
+    step_seconds = 0.01
+    grid = divide(request.size, cumulative_strides(PAPER_STRIDES)[-1], "crop of size")
+    with tempfile.TemporaryDirectory() as folder:
+        shape = as_size3(2 * edge for edge in request.size)
+        files = write_cases(Path(folder), 4, shape, request.size)
+        measured = measure_loading(files, request.size, grid, request.batch, (0, 1, 2, 4, 8), step_seconds)
+    return {
+        "case_voxels": list(shape), "step_seconds": step_seconds, "processors": os.cpu_count(), "by_workers": measured
+    }
+
+
+def loading_table(figures: dict[str, Any]) -> str:
+    """Lines for the screen."""
+    lines = [f"loading, {figures['processors']} processors:", f"  {'workers':<9}{'crops/s':>9}{'waiting':>9}"]
+    for workers, row in figures["by_workers"].items():
+        lines.append(f"  {workers:<9}{row['crops_per_second']:>9.1f}{row['waiting_share']:>9.1%}")
+    return "\n".join(lines)
 
 
 def by_ratio(request: Request, ratios: list[float], device: torch.device) -> dict[str, float]:

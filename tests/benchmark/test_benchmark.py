@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from nnunetv2_hyspark.benchmark.loading import measure_loading, write_cases
 from nnunetv2_hyspark.benchmark.memory import peak_gb
 from nnunetv2_hyspark.benchmark.operations import forward_gmac
 from nnunetv2_hyspark.benchmark.run import VARIANTS, Request, build, check_agreement
 from nnunetv2_hyspark.benchmark.timing import Timings, interleave
 from nnunetv2_hyspark.cli.main import main
+from nnunetv2_hyspark.data.cases import image_shape, read_crop
 from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
 
 TINY = Request(size=(32, 32, 32), base_width=8, batch=2, repeats=2)
@@ -21,7 +23,8 @@ TINY = Request(size=(32, 32, 32), base_width=8, batch=2, repeats=2)
 @pytest.mark.parametrize("step", ["default", "official"])
 def test_variants_agree_in_loss_and_gradients(step):
     request = Request(size=(32, 32, 32), base_width=8, batch=2, step=step)
-    assert set(check_agreement(request)) == set(VARIANTS)
+    differences = check_agreement(request)
+    assert all(set(differences[what]) == set(VARIANTS) for what in ("loss", "gradients"))
     gradients = {}
     for variant in VARIANTS:
         model, image, visible = build(request, variant)
@@ -31,6 +34,16 @@ def test_variants_agree_in_loss_and_gradients(step):
     for variant in VARIANTS:
         for got, want in zip(gradients[variant], gradients["blocks"]):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_a_variant_that_disagrees_ends_the_benchmark(monkeypatch):
+    def wrong(model):
+        model.encoder.cnn.stem.weight.data[0] *= 1.5
+        return model
+
+    monkeypatch.setitem(VARIANTS, "dense", wrong)
+    with pytest.raises(RuntimeError, match="disagree with the block path in their .* 'dense'"):
+        check_agreement(Request(size=(32, 32, 32), base_width=8))
 
 
 def test_blocks_cost_about_the_visible_share():
@@ -76,3 +89,14 @@ def test_peak_memory_counts_what_a_step_allocates():
 
 def allocate_400_mb():
     return lambda: torch.zeros(100_000_000).sum()
+
+
+def test_loading_reads_what_nnunet_writes_and_sees_who_waits(tmp_path):
+    (file,) = write_cases(tmp_path, 1, (24, 24, 24), (16, 16, 16))
+    assert image_shape(file) == (24, 24, 24)
+    assert 0.9 < float(read_crop(file, (0, 0, 0), (24, 24, 24)).std()) < 1.1
+    figures = measure_loading([file], (16, 16, 16), (2, 2, 2), 2, (0, 1), 0.02, steps=10)
+    assert set(figures) == {"0", "1"}
+    assert all(row["crops_per_second"] > 0 and 0 <= row["waiting_share"] < 1 for row in figures.values())
+    slow = measure_loading([file], (16, 16, 16), (2, 2, 2), 2, (0,), 0.0, steps=10)
+    assert slow["0"]["waiting_share"] > figures["0"]["waiting_share"]

@@ -1,0 +1,78 @@
+"""How fast crops come from preprocessed cases, and whether a training step would wait for them."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.training.dataloading import nnunet_dataset
+from scipy.ndimage import gaussian_filter
+
+from ..data.loader import Batches, CropBatches
+from ..geometry import Size3
+from ..masking import random_visible
+
+
+def write_cases(folder: Path, count: int, shape: Size3, patch_size: Size3) -> list[Path]:
+    """Synthetic scans, smooth structure and noise, compressed as nnU-Net's preprocessing does for this patch size."""
+    rng = np.random.default_rng(0)
+    saver: Any = nnunet_dataset.nnUNetDatasetBlosc2
+    parameters = getattr(nnunet_dataset, "comp_blosc2_params", None) or saver.comp_blosc2_params  # nnU-Net 2.8, 2.7
+    blocks, chunks = parameters((1, *shape), patch_size)
+    files = []
+    for number in range(count):
+        smooth = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 4)
+        image = (smooth / smooth.std() + 0.1 * rng.standard_normal(shape, dtype=np.float32))[None]
+        name = str(folder / f"synthetic_{number}")
+        segmentation = np.zeros(image.shape, np.int8)
+        saver.save_case(image, segmentation, {}, name, chunks=chunks, blocks=blocks)
+        files.append(Path(f"{name}.b2nd"))
+    return files
+
+
+def measure_loading(
+    files: Sequence[Path], size: Size3, grid: Size3, batch: int, workers: Sequence[int], step_seconds: float,
+    steps: int = 60,
+) -> dict[str, dict[str, float]]:
+    """Loads batches as pre-training does.
+
+    Args:
+        files: preprocessed images.
+        size: voxels of a crop.
+        grid: junction cells of a crop.
+        batch: crops per step.
+        workers: numbers of background processes to try.
+        step_seconds: how long a training step is pretended to take; the process sleeps.
+        steps: batches that count.
+
+    Returns:
+        Per number of workers ``crops_per_second`` without any step, and ``waiting_share``, the fraction of the time
+        that a training with such steps would wait for data.
+    """
+    draw_mask = functools.partial(random_visible, 1, grid, 0.75)
+    data = CropBatches(files, [file.stem for file in files], size, range(batch), draw_mask, (0, 0), (0, 1, 2))
+    results = {}
+    for count in workers:
+        batches = Batches(data, range(10**6), count, pin_memory=False)
+        for _ in range(4 + 3 * count):  # started and filled
+            next(batches)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        rate = steps * batch / (time.perf_counter() - begin)
+        time.sleep(3 * count * batch / rate if count else 0)
+        waiting, begin = 0.0, time.perf_counter()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            next(batches)
+            waiting += time.perf_counter() - asked
+            time.sleep(step_seconds)
+        results[str(count)] = {
+            "crops_per_second": rate, "waiting_share": waiting / (time.perf_counter() - begin),
+        }
+        batches.close()
+    return results

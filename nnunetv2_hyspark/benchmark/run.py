@@ -106,24 +106,26 @@ def make_encoder(request: Request, variant: str, backward: bool) -> Callable[[],
 
 
 def check_agreement(request: Request) -> dict[str, dict[str, float]]:
-    """Largest relative difference of every variant to the block path: of the loss, and of all gradients (L2).
+    """Largest relative difference of every variant to the block path: of the loss, and (L2) of the encoder's gradients.
+
+    The encoder's alone, because in the decoder single ReLU inputs within rounding of zero flip between variants; its
+    gradients are compared by the tests, in float64.
 
     Raises:
-        RuntimeError: above 1e-4 in loss and 1e-2 in gradients (single ReLU inputs within rounding of zero flip); in half
-            precision 2e-2 and 0.2.
+        RuntimeError: above 1e-4; in half precision above 2e-2 in the loss and 0.1 in the gradients.
     """
     losses, gradients = {}, {}
     for variant in VARIANTS:
         model, image, visible = build(request, variant)
+        with torch.no_grad(), autocast(request):
+            losses[variant] = reconstruction_loss(image, model(image, visible), visible).item()
         with autocast(request):
-            reconstruction = model(image, visible)
-        loss = reconstruction_loss(image, reconstruction, visible)
-        loss.backward()
-        losses[variant] = loss.item()
-        gradients[variant] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu()
-        del model, reconstruction, loss
-    exact = request.precision == "float32"
-    limits = {"loss": 1e-4, "gradients": 1e-2} if exact else {"loss": 2e-2, "gradients": 0.2}
+            layout = model.layout(visible)
+            features = [layout.scatter(feature) for feature in model.encoder(layout.gather(image), layout)]
+        sum(feature.float().square().mean() for feature in features).backward()
+        gradients[variant] = torch.cat([parameter.grad.flatten() for parameter in model.encoder.parameters()]).cpu()
+        del model, layout, features
+    limits = {"loss": 1e-4, "gradients": 1e-4} if request.precision == "float32" else {"loss": 2e-2, "gradients": 0.1}
     reference = gradients["blocks"]
     differences = {
         "loss": {v: abs(loss - losses["blocks"]) / abs(losses["blocks"]) for v, loss in losses.items()},

@@ -42,7 +42,7 @@ def test_a_variant_that_disagrees_ends_the_benchmark(monkeypatch):
         return model
 
     monkeypatch.setitem(VARIANTS, "dense", wrong)
-    with pytest.raises(RuntimeError, match="disagree with the block path in their .* 'dense'"):
+    with pytest.raises(RuntimeError, match="disagree with the block path in their loss by {'dense'"):
         check_agreement(Request(size=(32, 32, 32), base_width=8))
 
 

@@ -29,7 +29,13 @@ from nnunetv2_hyspark.data.pool import WorkerDied, run_parallel
 from nnunetv2_hyspark.data.report import summary, write_json, write_report
 from nnunetv2_hyspark.data.screening import Reason, content_key, looks_like_hounsfield, reject
 from nnunetv2_hyspark.data.sources import Case, Pile, find_cases
-from nnunetv2_hyspark.data.volumes import check_nifti_is_whole, read_channel, remove_unfinished, write_nifti
+from nnunetv2_hyspark.data.volumes import (
+    check_nifti_is_whole,
+    last_line,
+    read_channel,
+    remove_unfinished,
+    write_nifti,
+)
 
 MASK_FOLDER = "foreground_masks"
 CONVERTED_FOLDER = "converted"
@@ -322,14 +328,23 @@ def _process(task: _Task) -> dict[str, Any]:
     """Read, judge and mask one case; returns its record for the journal. Raises OSError only if writing fails."""
     started = time.perf_counter()
     try:
-        volumes = [volume for files in task.case.channels for volume in read_channel(files)]
-        images = [volume.image for volume in volumes]
-        rejection = reject(images, task.min_slices, MAX_CHANNELS)
-    except (ValueError, RuntimeError, MemoryError) as error:
-        detail = "not enough memory to read it" if isinstance(error, MemoryError) else str(error)
+        record, images = _examine(task)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        detail = "not enough memory for it" if isinstance(error, MemoryError) else last_line(error)
         return _record(task, reason=Reason.UNREADABLE.value, detail=detail)
+    for name, image in images.items():
+        write_nifti(image, task.folder / name)
+    record["seconds"] = round(time.perf_counter() - started, 2)
+    return record
+
+
+def _examine(task: _Task) -> tuple[dict[str, Any], dict[str, sitk.Image]]:
+    """Return a case's record, and what must be written for it: images by their path inside the data set."""
+    volumes = [volume for files in task.case.channels for volume in read_channel(files)]
+    images = [volume.image for volume in volumes]
+    rejection = reject(images, task.min_slices, MAX_CHANNELS)
     if rejection is not None:
-        return _record(task, reason=rejection.reason.value, detail=rejection.detail, channels=len(images))
+        return _record(task, reason=rejection.reason.value, detail=rejection.detail, channels=len(images)), {}
 
     views = [sitk.GetArrayViewFromImage(image) for image in images]
     hounsfield = [looks_like_hounsfield(view) for view in views]
@@ -337,7 +352,7 @@ def _process(task: _Task) -> dict[str, Any]:
     guide = hounsfield.index(True) if True in hounsfield else 0
     as_hounsfield = hounsfield[guide] if task.hounsfield is None else task.hounsfield
     mask = foreground_mask(images[guide], as_hounsfield)
-    write_nifti(mask, task.folder / MASK_FOLDER / f"{task.id}.nii.gz")
+    written = {f"{MASK_FOLDER}/{task.id}.nii.gz": mask}
 
     files = []
     for channel, volume in enumerate(volumes):
@@ -348,11 +363,10 @@ def _process(task: _Task) -> dict[str, Any]:
             image.CopyInformation(images[0])
             file = None
         if file is None:
-            name = f"{CONVERTED_FOLDER}/{task.id}_{channel:04d}.nii.gz"
-            write_nifti(image, task.folder / name)
-            file = name
+            file = f"{CONVERTED_FOLDER}/{task.id}_{channel:04d}.nii.gz"
+            written[file] = image
         files.append(file)
-    return _record(
+    record = _record(
         task,
         ok=True,
         images=files,
@@ -364,8 +378,8 @@ def _process(task: _Task) -> dict[str, Any]:
         range=[[float(view.min()), float(view.max())] for view in views],
         foreground=round(float(np.mean(sitk.GetArrayViewFromImage(mask))), 4),
         content=content_key(images),
-        seconds=round(time.perf_counter() - started, 2),
     )
+    return record, written
 
 
 def _same_place(first: sitk.Image, second: sitk.Image) -> bool:

@@ -16,6 +16,11 @@ import numpy as np
 import SimpleITK as sitk
 
 TEMPORARY_PREFIX = ".unfinished-"
+# what nibabel raises for damaged headers and pixels; HeaderDataError is neither a ValueError nor an ImageFileError
+_NIBABEL_ERRORS = (
+    *(OSError, EOFError, ValueError, KeyError, OverflowError, zlib.error),
+    *(nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError),
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def _read_dicom(files: tuple[str, ...]) -> sitk.Image:
         reader.SetFileNames(files)
         return reader.Execute()
     except RuntimeError as error:
-        raise ValueError(_last_line(error)) from None
+        raise ValueError(last_line(error)) from None
 
 
 def _read_file(file: str) -> tuple[sitk.Image, bool]:
@@ -86,7 +91,7 @@ def _read_file(file: str) -> tuple[sitk.Image, bool]:
     except RuntimeError as error:
         if "orthonormal" in str(error):
             return _read_sheared_nifti(file), False
-        raise ValueError(_last_line(error)) from None
+        raise ValueError(last_line(error)) from None
 
 
 def check_nifti_is_whole(file: str | Path) -> None:
@@ -110,8 +115,8 @@ def check_nifti_is_whole(file: str | Path) -> None:
             if not complete:
                 found = _uncompressed_size(file)
                 complete = found >= expected
-    except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError, KeyError) as error:
-        raise ValueError(f"not a readable NIfTI file ({_last_line(error)})") from None
+    except _NIBABEL_ERRORS as error:
+        raise ValueError(f"not a readable NIfTI file ({last_line(error)})") from None
     if not complete:
         raise ValueError(f"the file is cut short ({found} of {expected} bytes)")
 
@@ -126,8 +131,11 @@ def _uncompressed_size(file: str | Path) -> int:
 
 def _read_sheared_nifti(file: str) -> sitk.Image:
     """Read a NIfTI whose axes are not at right angles, with the closest right-angled directions instead."""
-    source: Any = nibabel.load(file)
-    values = np.asanyarray(source.dataobj)
+    try:
+        source: Any = nibabel.load(file)
+        values = np.asanyarray(source.dataobj)
+    except _NIBABEL_ERRORS as error:
+        raise ValueError(f"not a readable NIfTI file ({last_line(error)})") from None
     if values.ndim != 3:
         raise ValueError(f"axes that are not at right angles and {values.ndim} dimensions, expected 3")
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(source.affine, dtype=np.float64)
@@ -176,7 +184,7 @@ def write_nifti(image: sitk.Image, target: Path) -> None:
         free = shutil.disk_usage(target.parent).free
         needed = image.GetNumberOfPixels() * image.GetSizeOfPixelComponent()
         code = errno.ENOSPC if free < needed else errno.EIO
-        problem = f"cannot write it ({_last_line(error)}; {free / 2**20:.0f} MiB free)"
+        problem = f"cannot write it ({last_line(error)}; {free / 2**20:.0f} MiB free)"
         raise OSError(code, f"{problem}; make room and run the same command again", str(target)) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -188,6 +196,7 @@ def remove_unfinished(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message, where ITK puts the reason, or its type if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][-200:] if lines else type(error).__name__

@@ -1,6 +1,7 @@
 """`hyspark prepare` from end to end, on images of a few thousand voxels."""
 
 import csv
+import errno
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from nnunetv2_hyspark.cli import prepare as prepare_cli
 from nnunetv2_hyspark.cli.main import main
 from nnunetv2_hyspark.data import prepare as prepare_module
 from nnunetv2_hyspark.data.prepare import Settings, prepare
+from nnunetv2_hyspark.data.volumes import last_line
 
 SHAPE = (12, 20, 24)
 
@@ -199,6 +201,8 @@ def test_bad_files_are_skipped_and_named(raw: Path, pile: Path, capsys: pytest.C
     (pile / "text.nrrd").write_text("hello")
     uncompressed = write(pile / "cut.nii", ct_array(9)).read_bytes()
     (pile / "cut.nii").write_bytes(uncompressed[:-2000])
+    # the header's data type is none
+    (pile / "type.nii").write_bytes(uncompressed[:70] + (1234).to_bytes(2, "little") + uncompressed[72:])
     write(pile / "flat.mha", ct_array(9)[:1])
     write(pile / "flat2.mha", ct_array(9)[0])
     write(pile / "few.mha", ct_array(9)[:5])
@@ -218,7 +222,7 @@ def test_bad_files_are_skipped_and_named(raw: Path, pile: Path, capsys: pytest.C
     found = reasons(result)
     assert set(dataset(result)["dataset"]) == {"scan_0", "scan_1", "scan_2"} - {"scan_1"} | {"copy"}
     assert found["scan 1.nii.gz"] == "duplicate" and found["copy.nrrd"] == ""
-    for name in ("cut.nii.gz", "cut.nii", "empty.nii.gz", "text.nrrd"):
+    for name in ("cut.nii.gz", "cut.nii", "type.nii", "empty.nii.gz", "text.nrrd"):
         assert found[name] == "unreadable", name
     assert found["flat.mha"] == found["flat2.mha"] == "2D"
     assert found["few.mha"] == "too few slices"
@@ -230,6 +234,35 @@ def test_bad_files_are_skipped_and_named(raw: Path, pile: Path, capsys: pytest.C
     assert "cut.nii.gz: unreadable" in output
     with open(result / "prepare_report.csv", newline="") as stream:
         assert len(list(csv.DictReader(stream))) == len(rows(result))
+
+
+@pytest.mark.parametrize("step", ["reject", "foreground_mask", "content_key"])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("sitk::ERROR:\nno pixels"), OSError("bad sector")])
+def test_a_case_that_fails_at_any_step_costs_only_itself(raw: Path, pile: Path, monkeypatch, step, error) -> None:
+    original, calls = getattr(prepare_module, step), []
+
+    def fails_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(prepare_module, step, fails_once)
+    result = prepare(settings(pile))
+    assert set(dataset(result)["dataset"]) == {"scan_0", "scan_2"}
+    (row,) = [row for row in rows(result) if not row["taken"]]
+    assert row["reason"] == "unreadable"
+    assert row["detail"] == ("not enough memory for it" if isinstance(error, MemoryError) else last_line(error))
+    assert not (result / "foreground_masks" / "scan_1.nii.gz").exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run(raw: Path, pile: Path, monkeypatch) -> None:
+    def full(image: sitk.Image, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "no room", str(target))
+
+    monkeypatch.setattr(prepare_module, "write_nifti", full)
+    with pytest.raises(OSError, match="no room"):
+        prepare(settings(pile))
 
 
 def test_sheared_nifti_is_converted(raw: Path, pile: Path) -> None:

@@ -17,7 +17,7 @@ from nnunetv2_hyspark.data.modality import case_modalities
 from nnunetv2_hyspark.data.phantoms import make_phantom
 from nnunetv2_hyspark.data.pool import WorkerDied, run_parallel
 from nnunetv2_hyspark.data.screening import content_key, looks_like_hounsfield, sample
-from nnunetv2_hyspark.data.volumes import check_nifti_is_whole, write_nifti
+from nnunetv2_hyspark.data.volumes import check_nifti_is_whole, read_channel, write_nifti
 
 
 def to_image(array: np.ndarray, spacing: tuple[float, ...] = (3.0, 3.0, 3.0)) -> sitk.Image:
@@ -120,6 +120,26 @@ def test_whole_nifti(tmp_path: Path) -> None:
         target.write_bytes(damaged)
         with pytest.raises(ValueError):
             check_nifti_is_whole(target)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_nifti_headers_are_told_in_words(tmp_path: Path, seed: int) -> None:
+    image = to_image(np.random.default_rng(0).integers(0, 99, (9, 12, 10)).astype(np.int16))
+    path = tmp_path / "x.nii"
+    sitk.WriteImage(image, str(path))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(seed)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(int(rng.integers(1, 5))):
+            data[int(rng.integers(352))] = int(rng.choice([0, 127, 128, 255, rng.integers(256)]))
+        path.write_bytes(data)
+        try:
+            read_channel((str(path),))
+        except ValueError as error:
+            refused += bool(str(error))
+    assert refused >= 15
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,8 @@ class HySparKPretrainTrainer(ResumableTrainer):
         """Reconstruction loss of a fixed batch."""
         if self.health_is_due:
             self.health_is_due = False
-            rank, deviation = representation_health(self.model, *self.to_device(batch))
+            with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+                rank, deviation = representation_health(self.model, *self.in_parts(batch)[0])
             self.logger.log("effective_rank", rank, self.current_epoch)
             self.logger.log("reconstruction_deviation", deviation, self.current_epoch)
         return super().validation_step(batch)

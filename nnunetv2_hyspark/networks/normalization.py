@@ -110,6 +110,8 @@ class BatchNorm3d(nn.BatchNorm3d):
         count = x.numel() // x.shape[1]
         for name, value in (("running_mean", mean[0]), ("running_var", variance[0] * count / max(count - 1, 1))):
             buffer = self.get_buffer(name)
-            buffer.lerp_(value.to(buffer.dtype), self.momentum or 0.1)
+            # a step whose activations overflow is skipped; its statistics must not stay
+            finite = torch.where(value.isfinite(), value.to(buffer.dtype), buffer)
+            buffer.lerp_(finite, self.momentum or 0.1)
         self.get_buffer("num_batches_tracked").add_(1)
         return normalise(x, mean, variance, self.weight, self.bias, self.eps)

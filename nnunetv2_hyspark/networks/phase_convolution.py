@@ -121,4 +121,4 @@ def upsample_conv3d(
     constant = border_response(up_bias, weight, fine)
     if bias is not None:
         constant = constant + bias.view(1, -1, 1, 1, 1)
-    return interleaved.permute(0, 4, 1, 2, 3) + constant
+    return interleaved.permute(0, 4, 1, 2, 3) + constant.to(interleaved.dtype)

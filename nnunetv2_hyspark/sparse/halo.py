@@ -88,5 +88,5 @@ def attach_halo(blocks: torch.Tensor, table: HaloTable) -> torch.Tensor:
     """
     n, channels = blocks.shape[:2]
     rows = blocks.permute(0, 2, 3, 4, 1).reshape(-1, channels)
-    padded = rows.index_select(0, table.source).index_fill(0, table.empty, 0)
+    padded = rows.index_select(0, table.source).index_fill_(0, table.empty, 0)
     return padded.view(n, *table.padded, channels).permute(0, 4, 1, 2, 3)

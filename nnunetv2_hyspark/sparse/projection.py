@@ -35,9 +35,9 @@ def border_response(values: torch.Tensor, weight: torch.Tensor, size: Size3) -> 
     response = F.conv3d(constant, weight, padding=[k // 2 for k in kernel])
     for axis, (edge, k) in enumerate(zip(size, kernel)):
         if edge > k:
-            position = torch.arange(edge, device=values.device)
-            index = position.clamp(max=k // 2) + (position - (edge - 1 - k // 2)).clamp(min=0)
-            response = response.index_select(axis + 2, index)
+            head, inside, tail = response.split([k // 2, 1, k // 2], dim=axis + 2)
+            repeats = [edge - 2 * (k // 2) if dim == axis + 2 else -1 for dim in range(5)]
+            response = torch.cat([head, inside.expand(repeats), tail], dim=axis + 2)
     return response
 
 
@@ -136,7 +136,7 @@ class _AddProjectedBlocks(torch.autograd.Function):
         padding = [k - 1 for k in weight.shape[2:]]
         grown = F.conv3d(difference, weight, padding=padding).permute(0, 2, 3, 4, 1)
         (g0, g1, g2), (s0, s1, s2) = grid, block
-        canvas = constant.expand(batch_size, -1, -1, -1, -1).contiguous(memory_format=torch.channels_last_3d).clone()
+        canvas = constant.expand(batch_size, -1, -1, -1, -1).clone(memory_format=torch.channels_last_3d)
         view = canvas.permute(0, 2, 3, 4, 1).view(batch_size, g0, s0, g1, s1, g2, s2, out_channels)
         add_grown_blocks(view.permute(0, 1, 3, 5, 2, 4, 6, 7), grown, placement)
         ctx.save_for_backward(difference, weight, cells)

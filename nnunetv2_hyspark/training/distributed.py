@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
@@ -56,6 +57,8 @@ def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
 def distribute(network: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Wraps a network for training by several processes; batch norms get statistics of the global batch on GPUs."""
     if device.type == "cuda":
+        # torch.compile would cut the graph by gradient buckets; some versions cannot, for custom autograd functions
+        torch._dynamo.config.optimize_ddp = False
         return DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(network), device_ids=[device.index])
     return DistributedDataParallel(network)
 
@@ -68,6 +71,15 @@ def split_batch(global_batch: int, world_size: int, rank: int) -> range:
         )
     bounds = np.linspace(0, global_batch, world_size + 1).round().astype(int)
     return range(int(bounds[rank]), int(bounds[rank + 1]))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process; every process must ask."""
+    if world()[1] == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def only_on_first(action: Callable[[], None]) -> None:

@@ -73,7 +73,7 @@ class ResumableTrainer(HySparKTrainer):
                     # the signal ended this process's workers, or another process, and the weights are those of the
                     # last whole step: an error of either kind comes before the update
                     if self.stop.received is not None:
-                        HySparKTrainer.save_and_leave(self)
+                        self.save_and_leave(wait=False)
                     raise
             self.on_train_end()
             self.leave_after_training()
@@ -127,18 +127,6 @@ class ResumableTrainer(HySparKTrainer):
             f"{self.guard.folder}; look at these cases, lower learning_rate, and go on with --c."
         )
 
-    def save_and_leave(self) -> None:
-        """As :class:`HySparKTrainer`; no process leaves before the first one has saved.
-
-        Raises:
-            SystemExit: with status 128 + signal.
-        """
-        try:
-            super().save_and_leave()
-        finally:
-            if self.world_size > 1:
-                dist.barrier()
-
     def try_to_save(self, name: str) -> None:
         """Writes a checkpoint; where that fails the run goes on, and the next epoch tries again."""
         try:
@@ -179,12 +167,13 @@ class ResumableTrainer(HySparKTrainer):
         loss = self._backward_in_parts(batch)
         norm = self.clip_gradients(self.options.gradient_clip)
         loss_value, norm_value = self._agree(loss, norm)
-        # the scaler of half precision expects gradients that overflow, and skips such steps by itself
-        if math.isfinite(loss_value) and (self.grad_scaler is not None or math.isfinite(norm_value)):
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
             self.update_weights()
             self.guard.passed()
             self.so_far.losses.append(loss_value)
             self.so_far.gradient_norms.append(norm_value)
+        elif math.isfinite(loss_value) and self._scale_may_fall():
+            self.update_weights(skip=True)
         else:
             self.update_weights(skip=True)
             self.guard.report(batch, self.current_epoch, self.step, loss_value, self.rank)
@@ -194,12 +183,16 @@ class ResumableTrainer(HySparKTrainer):
         self.so_far.background += batch["background"]
         return {"loss": loss_value, "gradient_norm": norm_value}
 
+    def _scale_may_fall(self) -> bool:
+        """Whether gradients that overflow are the scale's fault: half precision begins with too large a one."""
+        return self.grad_scaler is not None and self.grad_scaler.get_scale() > 1
+
     def validation_step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """Loss of a fixed batch."""
-        image, visible = self.to_device(batch)
-        share = len(image) / self.configuration_manager.batch_size
-        loss = self.compute_loss(image, visible) * share
-        return {"loss": self._agree(loss, torch.zeros_like(loss))[0]}
+        """Loss of a fixed batch, in the parts of a training step."""
+        total = torch.zeros((), device=self.device)
+        for crops, cells in self.in_parts(batch):
+            total += self.compute_loss(crops, cells) * (len(crops) / self.configuration_manager.batch_size)
+        return {"loss": self._agree(total, torch.zeros_like(total))[0]}
 
     def to_device(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Image and visible cells of a batch."""
@@ -208,13 +201,22 @@ class ResumableTrainer(HySparKTrainer):
             batch["visible"].to(self.device, non_blocking=True),
         )
 
+    def in_parts(self, batch: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Image and visible cells of a batch, on the device, cut as ``accumulate`` says.
+
+        Processes have the same number of parts, also where their shares differ by a crop: norms over all processes
+        meet once per part.
+        """
+        image, visible = self.to_device(batch)
+        parts = min(self.options.accumulate, self.configuration_manager.batch_size // self.world_size)
+        return list(zip(image.tensor_split(parts), visible.tensor_split(parts)))
+
     def _backward_in_parts(self, batch: dict[str, Any]) -> torch.Tensor:
         """Accumulates gradients; returns this process's part of the mean loss over the global batch."""
-        image, visible = self.to_device(batch)
-        parts = min(self.options.accumulate, len(image))
+        parts = self.in_parts(batch)
         total = torch.zeros((), device=self.device)
-        for number, (crops, cells) in enumerate(zip(image.tensor_split(parts), visible.tensor_split(parts)), 1):
-            is_last = number == parts
+        for number, (crops, cells) in enumerate(parts, 1):
+            is_last = number == len(parts)
             network = self.network
             quiet = isinstance(network, DistributedDataParallel) and not is_last
             with network.no_sync() if quiet else nullcontext():
@@ -225,7 +227,7 @@ class ResumableTrainer(HySparKTrainer):
         return total
 
     def _agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
-        """Adds up the processes' parts of a loss, and asks whether any was told to stop: a step's only waiting."""
+        """Adds up the processes' parts of a loss, and asks whether any was told to stop; waits for the device."""
         stop = self.stop.received is not None
         if self.world_size == 1:
             self.asked_to_stop = stop

@@ -33,7 +33,7 @@ from .checkpoints import (
     save_atomically,
     set_aside,
 )
-from .distributed import distribute, only_on_first, process_device
+from .distributed import any_process, distribute, only_on_first, process_device
 from .random_state import capture_random_state, restore_random_state
 from .settings import Stage, resolve_settings
 from .signals import StopSignals
@@ -222,21 +222,29 @@ class HySparKTrainer(nnUNetTrainer):
             kept.rename(latest)
 
     def leave_if_asked(self) -> None:
-        """After a step: saves and exits if a signal has come. The epoch is repeated when the run goes on.
+        """After a step: all processes save and exit if a signal has come to any. The epoch is repeated when the run
+        goes on.
 
         Raises:
             SystemExit: with status 128 + signal.
         """
-        if self.stop.received is not None:
+        if any_process(self.stop.received is not None, self.device):
             self.save_and_leave()
 
-    def save_and_leave(self) -> None:
+    def save_and_leave(self, wait: bool = True) -> None:
         """Writes ``checkpoint_latest.pth`` and exits.
+
+        Args:
+            wait: no process leaves before the first one has saved; not to be asked for where one may have died.
 
         Raises:
             SystemExit: with status 128 + signal.
         """
-        self.save_checkpoint(str(self.folder / LATEST))
+        try:
+            self.save_checkpoint(str(self.folder / LATEST))
+        finally:
+            if wait:
+                only_on_first(lambda: None)
         where = "" if self.disable_checkpointing else f" Progress is saved in {self.folder / LATEST}."
         self.print_to_log_file(f"Stopped by {self.stop.name}.{where} Run the same command with --c to go on.")
         raise SystemExit(self.stop.exit_status)
@@ -341,7 +349,7 @@ class HySparKTrainer(nnUNetTrainer):
         self._best_ema = checkpoint["_best_ema"]
         axes = checkpoint.get("inference_allowed_mirroring_axes")
         self.inference_allowed_mirroring_axes = tuple(axes) if axes is not None else None
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        self._load_optimizer(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         if checkpoint.get("random_state"):
@@ -349,6 +357,20 @@ class HySparKTrainer(nnUNetTrainer):
         self.restore_run_state(checkpoint)
         self.was_resumed = True
         self._say_what_changed(checkpoint)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Moments and steps from the checkpoint; the groups' own values (weight decay, rates) are today's settings."""
+        groups = self.optimizer.param_groups
+        sizes = [[len(group["params"]) for group in some] for some in (groups, state["param_groups"])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the checkpoint's optimizer has parameter groups of {sizes[1]} tensors, these settings make "
+                f"{sizes[0]}; go on with the layer_decay and weight_decay of that run, or start a new one without --c."
+            )
+        own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.optimizer.load_state_dict(state)
+        for group, values in zip(self.optimizer.param_groups, own):
+            group.update(values)
 
     def _say_what_changed(self, checkpoint: dict[str, Any]) -> None:
         before = checkpoint.get("hyspark", {}).get("settings", {})

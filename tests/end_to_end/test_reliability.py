@@ -181,12 +181,16 @@ def test_stopped_by_a_scheduler_and_gone_on_with(runs: Runs, processes: int) -> 
     assert progress_of(runs.fold("stopped") / FINAL) == (epoch + 2, 0)
 
 
-def test_fine_tuning_stops_saves_and_goes_on_too(runs: Runs) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+def test_fine_tuning_stops_saves_and_goes_on_too(runs: Runs, processes: int) -> None:
     trainer = ("-tr", "HySparKScratchTrainer")
-    process = runs.start("tuned", *trainer, settings="finetuning.epochs=100", nnUNet_n_proc_DA="1")
+    process = runs.start(
+        "tuned", *trainer, processes=processes, settings="finetuning.epochs=100", nnUNet_n_proc_DA="1"
+    )
     runs.wait_for("tuned", "Epoch 1")
     process.terminate()
-    runs.finish(process, "tuned", status=143)
+    assert process.wait(TIMEOUT) == (1 if processes else 143)
+    assert "Stopped by SIGTERM. Progress is saved" in runs.output("tuned")
     epoch, _ = progress_of(runs.fold("tuned") / LATEST) or (0, 0)
     assert epoch >= 1
     process = runs.start("tuned", "--c", *trainer, settings=f"finetuning.epochs={epoch + 1}", nnUNet_n_proc_DA="1")

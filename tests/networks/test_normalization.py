@@ -71,3 +71,15 @@ def test_half_precision_keeps_its_type_and_float_statistics():
     out.float().square().mean().backward()
     assert x.grad.isfinite().all()
     torch.testing.assert_close(out.float(), norm(x.float()), atol=0.05, rtol=0.05)
+
+
+def test_running_statistics_forget_a_map_that_overflowed():
+    norm = BatchNorm3d(2)
+    x = torch.randn(2, 2, 4, 4, 4)
+    norm(x)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    x[0, 1, 0, 0, 0] = float("inf")
+    norm(x)
+    assert torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()
+    assert norm.running_mean[1] == before[0][1] and norm.running_var[1] == before[1][1]
+    assert norm.running_mean[0] != before[0][0]

@@ -41,3 +41,13 @@ def test_large_maps_gain_and_small_wide_ones_do_not():
     assert phases_pay(48**3, (2, 2, 2), (3, 3, 3), 96)
     assert not phases_pay(6**3, (2, 2, 2), (3, 3, 3), 768)
     assert not phases_pay(48**3, (3, 2, 2), (3, 3, 3), 96)
+
+
+def test_half_precision_stays_half_with_a_bias_in_float32():
+    x, up_weight, up_bias = torch.randn(1, 4, 3, 3, 3), torch.randn(4, 4, 2, 2, 2), torch.randn(4)
+    weight, bias = torch.randn(6, 4, 3, 3, 3), torch.randn(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = upsample_conv3d(x, up_weight, up_bias, weight, bias, (2, 2, 2))
+    exact = upsample_conv3d(x, up_weight, up_bias, weight, bias, (2, 2, 2))
+    assert half.dtype == torch.bfloat16
+    assert (half - exact).abs().max() < 0.03 * exact.abs().max()

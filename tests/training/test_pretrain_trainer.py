@@ -88,6 +88,16 @@ def test_changed_settings_are_said_when_a_run_goes_on(make_trainer):
     assert "pretraining.mask_ratio was 0.75, is 0.5" in Path(changed.log_file).read_text()
 
 
+def test_settings_of_the_optimizer_are_todays(make_trainer):
+    first = make_trainer()
+    stop_after(first, 2)
+    with pytest.raises(SystemExit):
+        first.run_training()
+    changed = make_trainer("pretraining.weight_decay=0.2", continue_training=True)
+    assert sorted(group["weight_decay"] for group in changed.optimizer.param_groups) == [0.0, 0.2]
+    assert any("exp_avg" in state for state in changed.optimizer.state.values())
+
+
 def test_random_state_is_restored(make_trainer):
     first = make_trainer()
     stop_after(first, 2)
@@ -229,6 +239,45 @@ def test_half_precision_tells_overflow_from_a_loss_that_is_not_finite(make_train
     trainer.train_step(next(trainer.dataloader_train))
     assert trainer.guard.in_a_row == 0
     assert not all(torch.equal(p, b) for p, b in zip(trainer.network.parameters(), before))
+
+
+def test_half_precision_that_overflows_at_any_scale_is_not_the_scales_fault(make_trainer):
+    trainer = make_trainer("max_bad_steps=2")
+    trainer.on_train_start()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    next(trainer.network.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    trainer.network.train()
+    counts = []
+    for _ in range(3):
+        trainer.train_step(next(trainer.dataloader_train))
+        counts.append(trainer.guard.in_a_row)
+    assert counts == [0, 1, 2] and trainer.guard.exhausted
+    assert trainer.so_far.step == 3 and trainer.so_far.losses == []
+
+
+def test_validation_is_computed_in_parts_too(make_trainer):
+    losses, sizes = {}, {}
+    for accumulate in (1, 2):
+        trainer = make_trainer(f"accumulate={accumulate}")
+        trainer.on_train_start()
+        original, seen = trainer.compute_loss, []
+        trainer.compute_loss = lambda image, visible, f=original, s=seen: (s.append(len(image)), f(image, visible))[1]
+        trainer.network.eval()
+        trainer.health_is_due = True
+        with torch.no_grad():
+            losses[accumulate] = trainer.validation_step(next(trainer.dataloader_val))["loss"]
+        sizes[accumulate] = seen
+        trainer.on_train_end()
+    assert len(sizes[1]) == 1 and len(sizes[2]) == 2 and max(sizes[2]) < sizes[1][0]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_processes_have_the_same_number_of_parts(make_trainer):
+    trainer = make_trainer("accumulate=2")
+    trainer.world_size, trainer.configuration_manager.configuration["batch_size"] = 2, 3
+    for share in (1, 2):  # three crops over two processes
+        batch = {"data": torch.zeros(share, 1, 4, 4, 4), "visible": torch.zeros(share, 2, 2, 2, dtype=torch.bool)}
+        assert [len(crops) for crops, _ in trainer.in_parts(batch)] == [share]
 
 
 def test_too_many_steps_without_finite_loss_end_the_run_with_good_weights(make_trainer):

@@ -109,12 +109,25 @@ def foreground_voxels(path: Path, at_most: int = 256) -> np.ndarray:
 
     Returns:
         int32 ``(n, 3)``, voxels of the preprocessed image; empty where nothing is known.
+
+    Raises:
+        ValueError: if the properties are damaged; the message names their file.
     """
     properties = path.with_suffix(".pkl")
-    sampled = load_pickle(str(properties)).get("class_locations", {}).get(1, ()) if properties.is_file() else ()
-    if len(sampled) == 0:
+    if not properties.is_file():
         return np.empty((0, 3), np.int32)
-    return np.asarray(sampled)[:: -(-len(sampled) // at_most), 1:].astype(np.int32)
+    try:
+        sampled = np.asarray(load_pickle(str(properties)).get("class_locations", {}).get(1, ()))
+        if len(sampled) == 0:
+            return np.empty((0, 3), np.int32)
+        if sampled.shape[1:] != (4,):
+            raise ValueError(f"locations of shape {sampled.shape}, expected (n, 4)")
+        return sampled[:: -(-len(sampled) // at_most), 1:].astype(np.int32)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(
+            f"{properties} is not readable ({type(error).__name__}: {error}); it may be damaged, so delete it and run "
+            f"nnUNetv2_preprocess again."
+        ) from error
 
 
 def corner_around(center: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> list[int]:

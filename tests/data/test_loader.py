@@ -177,6 +177,33 @@ def test_crops_prefer_the_foreground(files) -> None:
     assert share(1.0, files[4:]) < 0.2
 
 
+DAMAGED_PROPERTIES = {
+    "empty": b"",
+    "text": b"no pickle",
+    "cut short": pickle.dumps({"class_locations": {1: np.zeros((5, 4), int)}})[:-30],
+    "a list": pickle.dumps([1, 2]),
+    "a list of locations": pickle.dumps({"class_locations": [1, 2]}),
+    "a number": pickle.dumps({"class_locations": {1: 7}}),
+    "too few axes": pickle.dumps({"class_locations": {1: np.zeros((5, 3), int)}}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PROPERTIES)
+def test_damaged_properties_break_only_their_case(files, damage: str) -> None:
+    for path in files:
+        sampled_foreground(path, np.array([[4, 4, 4]]))
+    files[1].with_suffix(".pkl").write_bytes(DAMAGED_PROPERTIES[damage])
+    with pytest.raises(ValueError, match=r"case_1\.pkl is not readable .*nnUNetv2_preprocess") as caught:
+        foreground_voxels(files[1])
+    assert "\n" not in str(caught.value)
+    made = dataset(files, on_broken_case="skip", in_order=True, foreground_fraction=1.0)
+    batches = [made[step] for step in range(5)]
+    assert {key for batch in batches for key in batch["keys"]} == {"case_0", "case_2", "case_3", "case_4"}
+    assert {sentence.partition(":")[0] for batch in batches for sentence in batch["skipped"]} == {"case_1"}
+    stopped = [dataset(files, in_order=True, foreground_fraction=1.0)[step] for step in range(5)]
+    assert any("on_broken_case=skip" in batch.get("error", "") for batch in stopped)
+
+
 def test_few_of_the_sampled_voxels_are_kept(tmp_path) -> None:
     sampled_foreground(tmp_path / "a.b2nd", np.arange(3000).reshape(-1, 3))
     kept = foreground_voxels(tmp_path / "a.b2nd", at_most=256)

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from nnunetv2_hyspark.data.dicom import Series, sort_folder
 from nnunetv2_hyspark.data.screening import Reason, Rejection
@@ -206,9 +207,10 @@ def _from_nnunet(folder: Path, source: str, test_images: bool) -> Pile:
         raise ValueError(
             f"{folder} has no dataset.json; give its images as a folder instead (--from {folder / 'imagesTr'})"
         )
-    content = _load_json(folder / "dataset.json")
+    content = _dataset_json(folder / "dataset.json")
     named = content.get("channel_names", content.get("modality", {}))
     channel_names = tuple(str(named[key]) for key in sorted(named, key=int))
+    ending = content["file_ending"]
     pile = Pile()
 
     def add(name: str, files: list[str], part: str) -> None:
@@ -228,7 +230,6 @@ def _from_nnunet(folder: Path, source: str, test_images: bool) -> Pile:
         if (part == "imagesTr" and "dataset" in content) or (part == "imagesTs" and not test_images):
             continue
         if (folder / part).is_dir():
-            ending = content["file_ending"]
             grouped: dict[str, list[str]] = defaultdict(list)
             for file in sorted(os.listdir(folder / part)):
                 match = CHANNEL_SUFFIX.match(file[: -len(ending)]) if file.endswith(ending) else None
@@ -237,6 +238,40 @@ def _from_nnunet(folder: Path, source: str, test_images: bool) -> Pile:
             for name, files in grouped.items():
                 add(name, files, part)
     return pile
+
+
+def _dataset_json(path: Path) -> dict[str, Any]:
+    """Load a data set's dataset.json, and check the parts that are used here."""
+    content = _load_json(path)
+    folder = "or give its images as a folder instead"
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object; repair it, {folder}")
+    ending = content.get("file_ending")
+    if not isinstance(ending, str) or not ending:
+        raise ValueError(
+            f"{path} names no file_ending, as data sets of nnU-Net v1 do not; convert it with "
+            f"nnUNetv2_convert_old_nnUNet_dataset, {folder}"
+        )
+    for key in ("channel_names", "modality"):
+        named = content.get(key, {})
+        if not isinstance(named, dict) or not all(number.isdecimal() for number in named):
+            raise ValueError(
+                f'{path} gives {json.dumps(named)[:80]} as {key}, expected an object like {{"0": "CT"}}; repair it, '
+                f"{folder}"
+            )
+    table = content.get("dataset", {})
+    if not isinstance(table, dict):
+        raise ValueError(
+            f"the dataset in {path} is a {type(table).__name__}, expected an object of cases; repair it, {folder}"
+        )
+    for name, entry in table.items():
+        images = entry.get("images") if isinstance(entry, dict) else None
+        if not _is_list_of_paths(images):
+            raise ValueError(
+                f'the case {name} in {path} is {json.dumps(entry)[:80]}, expected an object with a list "images"; '
+                f"repair it, {folder}"
+            )
+    return content
 
 
 # --- folders and files
@@ -470,9 +505,10 @@ def _json_entries(path: Path) -> list[_Entry]:
     content = _load_json(path)
     if isinstance(content, dict) and isinstance(content.get("training"), list):
         content = content["training"]
-    pairs = content.items() if isinstance(content, dict) else (("", item) for item in content)
+    if not isinstance(content, (dict, list)):
+        raise ValueError(f"the list {path} holds only {json.dumps(content)[:80]}; write a JSON list of image paths")
     entries = []
-    for name, item in pairs if isinstance(content, (dict, list)) else ():
+    for name, item in content.items() if isinstance(content, dict) else (("", item) for item in content):
         entry = _json_entry(str(name), item)
         if entry is None:
             raise ValueError(
@@ -494,12 +530,16 @@ def _json_entry(name: str, item: object) -> _Entry | None:
         return replace(inner, modality=str(item.get("modality", "")))
     if isinstance(item, str) and item:
         return _Entry([item], name)
-    if isinstance(item, list) and item and all(isinstance(part, str) and part for part in item):
-        return _Entry(list(item), name)
+    if _is_list_of_paths(item):
+        return _Entry(item, name)
     return None
 
 
-def _load_json(path: Path) -> dict:
+def _is_list_of_paths(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(part, str) and part for part in value)
+
+
+def _load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:

@@ -522,6 +522,41 @@ def test_wrong_use_is_answered_in_one_sentence(raw, pile, tmp_path, monkeypatch,
     assert "\n" not in str(caught.value)
 
 
+WHOLE = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "holds a list, expected an object"),
+        ({"modality": {"0": "CT"}, "training": []}, "names no file_ending.*nnUNetv2_convert_old_nnUNet_dataset"),
+        ({**WHOLE, "file_ending": 3}, "names no file_ending"),
+        ({**WHOLE, "channel_names": ["CT"]}, r'gives \["CT"\] as channel_names, expected an object like {"0'),
+        ({**WHOLE, "channel_names": {"CT": 0}}, "as channel_names, expected an object like"),
+        ({"modality": None, "file_ending": ".nii.gz"}, "gives null as modality"),
+        ({**WHOLE, "dataset": ["a"]}, "the dataset in .* is a list, expected an object of cases"),
+        ({**WHOLE, "dataset": {"a": {"label": "x"}}}, 'the case a in .* expected an object with a list "images"'),
+        ({**WHOLE, "dataset": {"a": ["x"]}}, 'the case a in .* expected an object with a list "images"'),
+        ({**WHOLE, "dataset": {"a": {"images": [None]}}}, 'the case a in .* expected an object with a list "images"'),
+    ],
+)
+def test_a_faulty_dataset_json_is_named(raw: Path, content: object, message: str) -> None:
+    write(raw / "Dataset004_Old" / "imagesTr" / "a_0000.nii.gz", ct_array(20))
+    path = raw / "Dataset004_Old" / "dataset.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare(settings(4))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["7", "null", "true", '"a.nii"', "[3]", "[null]", '{"a": true}', '[{"image": 3}]'])
+def test_a_json_list_of_other_things_is_named(raw: Path, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"the list {path} holds"):
+        prepare(settings(path))
+
+
 def test_raw_folder_not_set(pile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("nnUNet_raw", raising=False)
     with pytest.raises(FileNotFoundError, match="nnUNet_raw is not set"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..geometry import Size3, as_size3, cumulative_strides
 from ..networks.topology import NETWORK_CLASS
-from ..transfer.reading import network_weights, read_checkpoint
+from ..transfer.reading import image_weight, network_weights, read_checkpoint
 from .remembered import RememberedCheckpoint
 
 
@@ -63,9 +63,9 @@ def read_source(filename: str | os.PathLike[str]) -> PretrainedSource:
             f"converted with 'hyspark import'."
         )
     arch_kwargs = dict(_mapping(architecture.get("arch_kwargs")))
-    stem = network_weights(checkpoint, filename).get("encoder.cnn.stem.weight")
-    if stem is None or not arch_kwargs.get("strides"):
-        raise ValueError(f"{filename} has no MedNeXt encoder that a plan could name; use a checkpoint of HySparK's.")
+    first = image_weight(network_weights(checkpoint, filename))
+    if first is None or not arch_kwargs.get("strides"):
+        raise ValueError(f"{filename} has no encoder that a plan could name; use a checkpoint of HySparK's.")
     configuration = _mapping(description.get("configuration"))
     plans = _mapping(_mapping(checkpoint.get("init_args")).get("plans"))
     names = description.get("channel_names")
@@ -74,7 +74,7 @@ def read_source(filename: str | os.PathLike[str]) -> PretrainedSource:
         return PretrainedSource(
             file=RememberedCheckpoint.of(filename),
             arch_kwargs=arch_kwargs,
-            input_channels=int(stem.shape[1]),
+            input_channels=int(first.shape[1]),
             channel_names=tuple(str(n) for n in (names.values() if isinstance(names, Mapping) else names or ())),
             spacing=None if not spacing else (float(spacing[0]), float(spacing[1]), float(spacing[2])),
             transpose_forward=tuple(

@@ -13,10 +13,8 @@ from torch import nn
 from ..geometry import as_size3
 from .adaptation import adapt_channels, adapt_kernel
 from .official import is_official
-from .reading import network_weights, read_checkpoint
+from .reading import ENCODER, image_weight, network_weights, read_checkpoint
 from .report import Entry, LoadReport, summarise
-
-ENCODER = "encoder."
 
 _BLOCK = re.compile(r"^(encoder\.cnn\.stages\.\d+|encoder\.transformer\.blocks)\.\d+\.")
 # the last layers of a residual branch: with zeros in them the block is the identity
@@ -133,7 +131,7 @@ class _Plan:
         self.misfits: dict[str, str] = {}  # by shape
         self.reasons: dict[str, str] = {}  # why a tensor of the source cannot be used
         self.fitted: dict[str, tuple[torch.Tensor, str]] = {}
-        first = next((t for name, t in target.items() if name.startswith(ENCODER) and t.ndim == 5), None)
+        first = image_weight(target)
         for name in self.wanted:
             if name in weights:
                 is_first = first is not None and target[name].data_ptr() == first.data_ptr()

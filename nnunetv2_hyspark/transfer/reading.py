@@ -15,6 +15,7 @@ from .archive import check_archive, printable
 from .description import check_format
 from .numpy_scalars import allow_numpy_scalars
 
+ENCODER = "encoder."
 _WRAPPERS = ("network_weights", "module", "state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -107,6 +108,18 @@ def network_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
             f"{path} holds {printable(name, 80)}: {type(value).__name__} among its weights; expected named tensors."
         )
     return weights
+
+
+def image_weight(weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The weight of the encoder's convolution that meets the image, ``(out, channels, k0, k1, k2)``: its first in 3D.
+
+    Args:
+        weights: under our names, in the order of the network's modules.
+
+    Returns:
+        None if there is no such weight.
+    """
+    return next((tensor for name, tensor in weights.items() if name.startswith(ENCODER) and tensor.ndim == 5), None)
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, path: str | os.PathLike[str]) -> None:

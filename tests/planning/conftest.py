@@ -98,9 +98,11 @@ def shared_memory_models(_memory_models, monkeypatch):
     monkeypatch.setattr(HySparKPlanner, "memory_model", memory_model)
 
 
-def small_arch_kwargs(spacing=(1.0, 1.0, 1.0)):
+def small_arch_kwargs(spacing=(1.0, 1.0, 1.0), cnn="mednext"):
     """A small network for images of this spacing, mm."""
-    config = ArchitectureConfig(base_width=6, junction_width=24, head_width=12, max_stride=8, transformer_depth=1)
+    config = ArchitectureConfig(
+        base_width=6, junction_width=24, head_width=12, max_stride=8, transformer_depth=1, cnn=cnn
+    )
     topology = plan_topology(spacing, (64, 64, 64), config.max_stride)
     return derive_arch_kwargs(topology.strides, topology.kernel_sizes, config)
 
@@ -109,12 +111,12 @@ def small_arch_kwargs(spacing=(1.0, 1.0, 1.0)):
 def make_checkpoint(tmp_path):
     """Writes a pre-training checkpoint as the trainer's, with changes to what it says about its data."""
 
-    def make(name="checkpoint_final.pth", channels=1, **changes):
+    def make(name="checkpoint_final.pth", channels=1, cnn="mednext", **changes):
         description = {
             "spacing": [1.5, 1.5, 1.5], "patch_size": [48, 48, 48], "normalization_schemes": ["CTNormalization"],
             "use_mask_for_norm": [False], "transpose_forward": [0, 1, 2], "channel_names": {"0": "CT"}, **changes,
         }
-        kwargs = small_arch_kwargs(description["spacing"] or (1, 1, 1))
+        kwargs = small_arch_kwargs(description["spacing"] or (1, 1, 1), cnn)
         torch.manual_seed(0)
         network = HySparKUNet(channels, 2, **kwargs)
         in_configuration = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")

@@ -50,6 +50,21 @@ def test_the_plan_matches_the_checkpoint(make_dataset, make_checkpoint, folders,
     assert not [e for e in report.entries if e.name.startswith("encoder.") and e.action != "loaded"]
 
 
+@pytest.mark.parametrize("cnn", ["residual", "plain"])
+def test_checkpoints_with_nnunets_own_encoders(make_dataset, make_checkpoint, folders, capsys, cnn):
+    dataset, checkpoint = make_dataset(*CT), make_checkpoint(cnn=cnn, channels=2)
+    assert plan("-d", 10, "--from", checkpoint) == 0
+    assert "2 input channel(s)" in capsys.readouterr().out
+    architecture = folders.plans(dataset, NAME)["configurations"]["3d_fullres"]["architecture"]
+    assert architecture["arch_kwargs"]["cnn"] == cnn
+    network = get_network_from_plans(
+        architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"], 2, 3,
+        deep_supervision=True,
+    )
+    report = load_pretrained_encoder(network, checkpoint)
+    assert not [e for e in report.entries if e.name.startswith("encoder.") and e.action != "loaded"]
+
+
 def test_spacing_of_the_target_or_ones_own(make_dataset, make_checkpoint, folders):
     dataset, checkpoint = make_dataset(*CT), make_checkpoint()
     assert plan("-d", dataset, "--from", checkpoint, "--spacing", "default", "-p", "Native") == 0

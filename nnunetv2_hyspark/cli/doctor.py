@@ -159,7 +159,7 @@ def _check_torch(report: Report, torch: dict[str, Any]) -> None:
     if _major_minor(torch["version"]) == (2, 9):
         report.problem(
             f"torch {torch['version']} is one that nnU-Net excludes",
-            "run `pip install 'torch>=2.3,!=2.9.*' torchvision`",
+            "run `pip install 'torch>=2.4,!=2.9.*' torchvision`",
         )
     if torch["devices"]:
         report.fact("versions", "GPU", f"{', '.join(torch['devices'])} (CUDA {torch['built_for_cuda']})")

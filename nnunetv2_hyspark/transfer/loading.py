@@ -46,13 +46,21 @@ def load_pretrained_encoder(
     return load_encoder(network, weights, str(filename), description, allow_partial, channels, trained)
 
 
-def load_pretraining(network: nn.Module, filename: str | os.PathLike[str], allow_partial: bool = False) -> LoadReport:
-    """Reads a checkpoint file to go on pre-training: the encoder, and the reconstruction decoder where it fits."""
+def load_pretraining(network: nn.Module, filename: str | os.PathLike[str]) -> LoadReport:
+    """Reads a checkpoint file to go on pre-training: the encoder, and the reconstruction decoder where it fits.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be used, or its encoder is another one. The network is then unchanged.
+    """
     checkpoint = read_checkpoint(filename)
     description = checkpoint.get("hyspark")
     description = description if isinstance(description, Mapping) else {}
     weights = network_weights(checkpoint, filename)
-    return load_encoder(network, weights, str(filename), description, allow_partial, (), ("reconstruction.",))
+    return load_encoder(
+        network, weights, str(filename), description, optional=("reconstruction.",),
+        advice="plan the data set for the network of that checkpoint, or go on without it",
+    )
 
 
 def load_encoder(
@@ -63,6 +71,7 @@ def load_encoder(
     allow_partial: bool = False,
     channels: Sequence[int] = (),
     optional: tuple[str, ...] = (),
+    advice: str = "plan the data set like the pre-training one, or set finetuning.allow_partial=true to take what fits",
 ) -> LoadReport:
     """Copies every ``encoder.*`` tensor into the network, adapted to its input channels and kernel sizes.
 
@@ -75,6 +84,7 @@ def load_encoder(
             stage then start as the identity.
         channels: see :func:`nnunetv2_hyspark.transfer.adaptation.adapt_channels`.
         optional: prefixes of other parts that are loaded where they fit.
+        advice: what to do where the two encoders differ, for the message.
 
     Returns:
         What was loaded, adapted, left fresh and skipped.
@@ -98,8 +108,7 @@ def load_encoder(
     problems = plan.problems() + [text for _, text in hidden]
     if problems and not allow_partial:
         raise ValueError(
-            f"{source} does not cover this network's encoder ({'; '.join(problems)}); plan the data set like the "
-            f"pre-training one, or set finetuning.allow_partial=true to take what fits."
+            f"{source} does not cover this network's encoder ({'; '.join(problems)}); {advice}."
         )
     if any(name == "heads" for name, _ in hidden):
         plan.drop(r"^encoder\.transformer\.blocks\.\d+\.attn\.", "trained with another number of attention heads")

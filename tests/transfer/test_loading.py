@@ -250,6 +250,16 @@ def test_going_on_with_pretraining(tmp_path, make_network):
     assert {entry.name for entry in report.of("fresh")} == {"reconstruction.weight", "reconstruction.bias"}
 
 
+def test_pretraining_is_not_told_of_a_setting_of_fine_tuning(saved, make_network):
+    _, path = saved()
+    network = make_network(2, **DIFFERENT["deeper stage"][0])
+    before = snapshot(network)
+    with pytest.raises(ValueError, match="missing encoder.cnn.stages.1.2 .*; plan the data set for the net") as error:
+        load_pretraining(network, path)
+    assert "allow_partial" not in str(error.value)
+    assert same(network, before)
+
+
 def test_summary_of_names():
     names = [f"encoder.cnn.stages.2.1.{n}" for n in ("norm.weight", "norm.bias")] + ["encoder.cnn.stem.weight"]
     assert summarise(names) == "encoder.cnn.stages.2.1 (2 tensors), encoder.cnn.stem (1 tensor)"

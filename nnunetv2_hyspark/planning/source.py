@@ -9,6 +9,7 @@ from typing import Any
 
 from ..geometry import Size3, as_size3, cumulative_strides
 from ..networks.topology import NETWORK_CLASS
+from ..transfer.description import as_mapping, description_of
 from ..transfer.reading import image_weight, network_weights, read_checkpoint
 from .remembered import RememberedCheckpoint
 
@@ -55,19 +56,19 @@ def read_source(filename: str | os.PathLike[str]) -> PretrainedSource:
         ValueError: if it is damaged or says nothing about its network.
     """
     checkpoint = read_checkpoint(filename)
-    description = _mapping(checkpoint.get("hyspark"))
-    architecture = _mapping(description.get("architecture"))
+    description = description_of(checkpoint)
+    architecture = as_mapping(description.get("architecture"))
     if architecture.get("network_class_name") != NETWORK_CLASS:
         raise ValueError(
             f"{filename} does not describe a HySparK network; expected a checkpoint of HySparKPretrainTrainer, or one "
             f"converted with 'hyspark import'."
         )
-    arch_kwargs = dict(_mapping(architecture.get("arch_kwargs")))
+    arch_kwargs = dict(as_mapping(architecture.get("arch_kwargs")))
     first = image_weight(network_weights(checkpoint, filename))
     if first is None or not arch_kwargs.get("strides"):
         raise ValueError(f"{filename} has no encoder that a plan could name; use a checkpoint of HySparK's.")
-    configuration = _mapping(description.get("configuration"))
-    plans = _mapping(_mapping(checkpoint.get("init_args")).get("plans"))
+    configuration = as_mapping(description.get("configuration"))
+    plans = as_mapping(as_mapping(checkpoint.get("init_args")).get("plans"))
     names = description.get("channel_names")
     spacing, patch = configuration.get("spacing"), configuration.get("patch_size")
     try:
@@ -83,7 +84,7 @@ def read_source(filename: str | os.PathLike[str]) -> PretrainedSource:
             patch_size=None if not patch else as_size3(patch, "patch size"),
             normalization_schemes=tuple(str(s) for s in configuration.get("normalization_schemes") or ()),
             use_mask_for_norm=tuple(bool(u) for u in configuration.get("use_mask_for_norm") or ()),
-            intensities=dict(_mapping(
+            intensities=dict(as_mapping(
                 description.get("foreground_intensity_properties_per_channel")
                 or plans.get("foreground_intensity_properties_per_channel")
             )),
@@ -92,7 +93,3 @@ def read_source(filename: str | os.PathLike[str]) -> PretrainedSource:
         raise ValueError(
             f"{filename} describes its data in a way that cannot be read ({error}); use another copy of it."
         ) from None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -19,6 +19,7 @@ CITATIONS = (
     "Nature Methods 18, 203-211 (2021).",
 )
 
+_EXCERPT = ("patch_size", "batch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
 _PACKAGES = ("nnunetv2-hyspark", "nnunetv2", "torch", "dynamic-network-architectures", "timm", "numpy")
 
 
@@ -39,6 +40,21 @@ def fingerprint_digest(preprocessed_folder: str | Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "unknown"
 
 
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """``value`` if it is a mapping, else an empty one: entries of a checkpoint from elsewhere may be anything."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def description_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ``"hyspark"`` entry of a checkpoint; empty in files of others."""
+    return as_mapping(checkpoint.get("hyspark"))
+
+
+def excerpt_of(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a plan's configuration: what users compare with their own data."""
+    return {key: configuration[key] for key in _EXCERPT if key in configuration}
+
+
 def check_format(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Accepts files of others, of this format version and of older ones.
 
@@ -55,8 +71,7 @@ def check_format(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) ->
 
 def format_version(checkpoint: Mapping[str, Any]) -> int:
     """The format version of a checkpoint of ours; 0 for files of others and for files from before there was one."""
-    description = checkpoint.get("hyspark")
-    version = description.get("format_version") if isinstance(description, Mapping) else 0
+    version = description_of(checkpoint).get("format_version")
     return version if isinstance(version, int) else 0
 
 
@@ -73,18 +88,13 @@ def describe(
 
     Spacing is in mm per voxel in the order of the stored arrays, that is after the plan's ``transpose_forward``.
     """
-    excerpt = {
-        key: configuration[key]
-        for key in ("patch_size", "batch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
-        if key in configuration
-    }
     description = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "settings": settings,
         "architecture": configuration["architecture"],
         "configuration_name": configuration_name,
-        "configuration": excerpt,
+        "configuration": excerpt_of(configuration),
         "plans_name": plans.get("plans_name"),
         "transpose_forward": plans.get("transpose_forward"),
         "foreground_intensity_properties_per_channel": plans.get("foreground_intensity_properties_per_channel"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..geometry import as_size3, divide, volume
+from ..geometry import as_size3, cumulative_strides, divide, volume
 from ..networks.vit import sincos_position_embedding
 from .importing import is_encoder_file
 from .official import ENCODER_PREFIX, convert_back, official_name
@@ -102,12 +102,9 @@ def _position_table(
     try:
         description = checkpoint["hyspark"]
         patch = as_size3(description["configuration"]["patch_size"])
-        total = (1, 1, 1)
-        for stride in description["architecture"]["arch_kwargs"]["strides"]:
-            step = as_size3(stride)
-            total = (total[0] * step[0], total[1] * step[1], total[2] * step[2])
+        total = cumulative_strides(description["architecture"]["arch_kwargs"]["strides"])[-1]
         grid = divide(patch, total, "patch of size")
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{source} does not say for which patch and strides the positions are ({error}); export the checkpoint "
             f"that pre-training wrote."

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from .archive import printable
-from .description import FORMAT_VERSION, format_version
+from .description import FORMAT_VERSION, as_mapping, excerpt_of, format_version
 from .official import is_official
 from .reading import find_weights, read_plain
 
 _KINDS = {"pretraining": "HySparK pre-training checkpoint", "finetuning": "HySparK fine-tuning checkpoint"}
-_EXCERPT = ("patch_size", "batch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
 
 
 def inspect_checkpoint(filename: str | os.PathLike[str]) -> dict[str, Any]:
@@ -70,18 +69,15 @@ def _describe_nnunet(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, Mapping) or not isinstance(plans, Mapping):
         return {}
     name = arguments.get("configuration")
-    configurations = plans.get("configurations")
-    configuration = configurations.get(name) if isinstance(configurations, Mapping) and isinstance(name, str) else None
-    configuration = configuration if isinstance(configuration, Mapping) else {}
-    dataset = arguments.get("dataset_json")
+    configuration = as_mapping(as_mapping(plans.get("configurations")).get(name) if isinstance(name, str) else None)
     return {
         "configuration_name": name,
-        "configuration": {key: configuration[key] for key in _EXCERPT if key in configuration},
+        "configuration": excerpt_of(configuration),
         "architecture": configuration.get("architecture"),
         "plans_name": plans.get("plans_name"),
         "dataset_name": plans.get("dataset_name"),
         "transpose_forward": plans.get("transpose_forward"),
-        "channel_names": dataset.get("channel_names") if isinstance(dataset, Mapping) else None,
+        "channel_names": as_mapping(arguments.get("dataset_json")).get("channel_names"),
     }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..geometry import as_size3
 from .adaptation import adapt_channels, adapt_kernel
+from .description import as_mapping, description_of
 from .official import is_official
 from .reading import ENCODER, image_weight, network_weights, read_checkpoint
 from .report import Entry, LoadReport, summarise
@@ -39,8 +40,7 @@ def load_pretrained_encoder(
         ValueError: if the file cannot be used. The network is then unchanged.
     """
     checkpoint = read_checkpoint(filename)
-    description = checkpoint.get("hyspark")
-    description = description if isinstance(description, Mapping) else {}
+    description = description_of(checkpoint)
     trained = ("decoder.",) if description.get("kind") != "pretraining" else ()
     weights = network_weights(checkpoint, filename)
     return load_encoder(network, weights, str(filename), description, allow_partial, channels, trained)
@@ -54,8 +54,7 @@ def load_pretraining(network: nn.Module, filename: str | os.PathLike[str]) -> Lo
         ValueError: if the file cannot be used, or its encoder is another one. The network is then unchanged.
     """
     checkpoint = read_checkpoint(filename)
-    description = checkpoint.get("hyspark")
-    description = description if isinstance(description, Mapping) else {}
+    description = description_of(checkpoint)
     weights = network_weights(checkpoint, filename)
     return load_encoder(
         network, weights, str(filename), description, optional=("reconstruction.",),
@@ -264,10 +263,7 @@ def hidden_differences(network: nn.Module, description: Mapping[str, Any]) -> li
     Returns:
         ``("heads" or "strides", what differs)``; nothing where the checkpoint does not say.
     """
-    kwargs: Any = description.get("architecture")
-    kwargs = kwargs.get("arch_kwargs") if isinstance(kwargs, Mapping) else None
-    if not isinstance(kwargs, Mapping):
-        return []
+    kwargs = as_mapping(as_mapping(description.get("architecture")).get("arch_kwargs"))
     encoder: Any = network.encoder
     differences = []
     heads = kwargs.get("transformer_heads")
@@ -290,8 +286,7 @@ def hidden_differences(network: nn.Module, description: Mapping[str, Any]) -> li
 
 def source_notes(description: Mapping[str, Any]) -> list[str]:
     """What a user compares with the own data: where the weights come from and how their images were prepared."""
-    configuration = description.get("configuration")
-    configuration = configuration if isinstance(configuration, Mapping) else {}
+    configuration = as_mapping(description.get("configuration"))
     facts = {
         "data set": description.get("dataset_name"),
         "channels": description.get("channel_names"),

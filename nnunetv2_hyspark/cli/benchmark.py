@@ -43,11 +43,12 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from nnunetv2_hyspark.benchmark.run import Request, measure
+    from nnunetv2_hyspark.cli.device import pick_device
     from nnunetv2_hyspark.geometry import as_size3
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    device = pick_device(options.device)
     request = Request(
         as_size3(options.size), options.batch, options.mask_ratio, options.step, options.base_width, device,
         options.precision, options.compile, options.repeats, options.seconds,

@@ -77,13 +77,12 @@ def run(options: argparse.Namespace) -> None:
     import shutil
     from time import perf_counter
 
-    import torch
-
     from nnunetv2_hyspark.cli.console import run_and_show
+    from nnunetv2_hyspark.cli.device import pick_device
     from nnunetv2_hyspark.data.phantoms import LABELS, write_phantom_dataset
 
     size = SHORT if options.short else FULL
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    device = pick_device(options.device)
     folder = _own_folder(options.folder)
     environment = _environment(folder, size)
     raw, results, logs = folder / "nnUNet_raw", folder / "nnUNet_results", folder / "logs"

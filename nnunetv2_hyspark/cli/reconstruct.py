@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     """Write what was asked for.
 
     Raises:
-        ValueError: for a checkpoint, an image, a mask ratio or an ending that does not fit.
+        ValueError: for a checkpoint, an image, a mask ratio or an ending that does not fit, and for a missing GPU.
     """
     for path in options.out:
         if not path.name.endswith((*PICTURE, *VOLUME)):
@@ -50,8 +50,9 @@ def run(options: argparse.Namespace) -> None:
         to_original_grid,
         write_nifti,
     )
+    from .device import pick_device
 
-    device = torch.device(options.device)
+    device = torch.device(pick_device(options.device))
     model = load_pretrained_model(options.checkpoint, device)
     ratio = model.options.mask_ratio if options.mask_ratio is None else options.mask_ratio
     image = prepare_image(model, options.image)

@@ -9,6 +9,7 @@ import pytest
 
 from nnunetv2_hyspark import __version__
 from nnunetv2_hyspark.cli import doctor, main, path
+from nnunetv2_hyspark.cli.device import pick_device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WELL = {
@@ -112,6 +113,31 @@ def test_bugs_are_not_hidden(failing, error):
 def test_interrupted(failing):
     failing(KeyboardInterrupt())
     assert main.main(["path"]) == 130
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["benchmark"],
+        ["demo", "--folder", "DEMO"],
+        ["reconstruct", "none.pth", "none.nii.gz", "--out", "a.png"],
+    ],
+)
+def test_a_gpu_that_is_not_there_is_missed_in_a_sentence(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    folder = tmp_path / "demo"
+    assert main.main([str(folder) if word == "DEMO" else word for word in command] + ["--device", "cuda"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("hyspark: error: --device is cuda, but torch ") and line.count("\n") == 1
+    assert "finds no GPU; give --device cpu" in line
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_auto_takes_a_gpu_if_there_is_one(monkeypatch, has_gpu):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    assert pick_device("auto") == ("cuda" if has_gpu else "cpu")
+    assert pick_device("cpu") == "cpu"
 
 
 def test_wrong_use():

@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from .training.checkpoints import checkpoints_in
 from .training.distributed import process_device, process_group
+from .user_errors import show_user_errors_as_sentences
 
 TIMEOUT_MINUTES = 30
 
@@ -94,13 +95,14 @@ def train(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 2 and one sentence for wrong arguments."""
+    """Entry point; ends with one sentence for a user's mistake, with status 2 for wrong arguments, else 1."""
     arguments = parser()
     options = arguments.parse_args(argv)
     try:
         check(options)
     except ValueError as error:
         arguments.error(str(error))
+    show_user_errors_as_sentences()
     train(options)
 
 

@@ -12,17 +12,21 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of this package raised this ValueError or OSError: these messages say what to do.
+    """Whether a ``raise`` of this package raised this ValueError, OSError or RuntimeError: these say what to do.
 
     What comes from elsewhere, or is of another type, is a defect or a surprise and keeps its traceback.
     """
     last = error.__traceback__
-    if last is None or not isinstance(error, (ValueError, OSError)):
+    if last is None or not isinstance(error, (ValueError, OSError, RuntimeError)):
+        return False
+    if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors, but never the user's
         return False
     while last.tb_next is not None:
         last = last.tb_next
     code = last.tb_frame.f_code.co_code
-    is_ours = last.tb_frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE
+    # a module run with python -m has the name __main__, but keeps its package
+    module = last.tb_frame.f_globals.get("__package__") or last.tb_frame.f_globals.get("__name__") or ""
+    is_ours = module.partition(".")[0] == _PACKAGE
     return is_ours and code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 

@@ -47,9 +47,16 @@ def load_labelled_crops(
         count: how many cases.
 
     Raises:
-        ValueError: if the data set is not preprocessed for this configuration, has other channels or too few cases.
+        ValueError: if there is no such data set, or it is not preprocessed for this configuration, has other channels
+            or too few cases.
     """
-    name = maybe_convert_to_dataset_name(dataset)
+    try:
+        name = maybe_convert_to_dataset_name(dataset)
+    except RuntimeError as error:
+        raise ValueError(
+            f"probe_dataset is {dataset}, but there is no such data set ({' '.join(str(error).split())}); give the "
+            f"number of one that is preprocessed."
+        ) from None
     folder = Path(os.path.join(nnUNet_preprocessed, name, data_identifier))
     if not folder.is_dir():
         raise ValueError(

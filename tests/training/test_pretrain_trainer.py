@@ -403,7 +403,7 @@ def test_tensorboard_is_missed_in_a_sentence(make_trainer, monkeypatch):
 
 
 def test_a_probe_data_set_that_is_not_there_ends_the_run_at_its_start(make_trainer):
-    with pytest.raises((ValueError, RuntimeError), match="996"):
+    with pytest.raises(ValueError, match="probe_dataset is 996, but there is no such data set"):
         make_trainer("probe_dataset=996").run_training()
 
 

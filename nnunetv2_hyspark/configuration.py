@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
@@ -57,6 +58,13 @@ def parse_environment(text: str) -> dict[str, Any]:
     return values
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number with more digits than a float can have
+        return False
+
+
 def check_value(field: Field, value: Any, key: str, source: str) -> Any:
     """Returns ``value`` in the field's type, or raises ValueError naming key, value, limits and source."""
 
@@ -85,6 +93,8 @@ def check_value(field: Field, value: Any, key: str, source: str) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail("a number")
+    if not _is_finite(value):
+        fail("a finite number")
     if kind == "int":
         if value != int(value):
             fail("a whole number")

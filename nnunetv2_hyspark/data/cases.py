@@ -38,12 +38,15 @@ def open_image(path: Path) -> Any:
     """
     try:
         if path.suffix == ".b2nd":
-            return blosc2.open(
+            image: Any = blosc2.open(
                 urlpath=str(path), mode="r", dparams={"nthreads": 1}, **({} if os.name == "nt" else {"mmap_mode": "r"})
             )
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r")
-        return np.load(path)["data"]
+        else:
+            image = np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.load(path)["data"]
+        # damaged b2nd metadata give an object without a shape
+        if len(image.shape) != 4:
+            raise ValueError(f"an array of shape {tuple(image.shape)}, expected 4 axes")
+        return image
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -71,10 +74,9 @@ def read_crop(path: Path, corner: Sequence[int], size: Sequence[int]) -> np.ndar
     image = open_image(path)
     box = [[start, start + edge] for start, edge in zip(corner, size)]
     try:
-        crop = crop_and_pad_nd(image, box, 0)
+        crop = np.ascontiguousarray(crop_and_pad_nd(image, box, 0), dtype=np.float32)
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run nnUNetv2_preprocess again.") from error
-    crop = np.ascontiguousarray(crop, dtype=np.float32)
     if not np.isfinite(crop).all():
         bad = int((~np.isfinite(crop)).sum())
         raise ValueError(

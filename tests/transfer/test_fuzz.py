@@ -1,4 +1,5 @@
 """A thousand damaged files: a sentence each, never another error, never a network that is half loaded."""
+import json
 import os
 import random
 import zipfile
@@ -10,6 +11,7 @@ from nnunetv2_hyspark.transfer.importing import import_official
 from nnunetv2_hyspark.transfer.inspection import inspect_checkpoint
 from nnunetv2_hyspark.transfer.loading import load_pretrained_encoder
 from nnunetv2_hyspark.transfer.official import official_name
+from nnunetv2_hyspark.transfer.reading import network_weights, read_checkpoint
 
 
 def flip_bits(data: bytearray, source: random.Random) -> None:
@@ -86,7 +88,10 @@ def test_random_damage(tmp_path, make_network, make_checkpoint):
 
 
 def test_damage_behind_the_checksums(tmp_path, make_network, make_checkpoint):
-    """The pickle inside is changed and the checksum made right again, as somebody with intent would."""
+    """The pickle inside is changed and the checksum made right again, as somebody with intent would.
+
+    What still loads is what the file then says, all of the encoder; what can still be described can be printed.
+    """
     good = tmp_path / "good.pth"
     torch.save(make_checkpoint(make_network(1)), good)
     with zipfile.ZipFile(good) as archive:
@@ -96,25 +101,40 @@ def test_damage_behind_the_checksums(tmp_path, make_network, make_checkpoint):
     fresh = snapshot(network)
     source = random.Random(1)
     path, before = tmp_path / "bad.pth", set(os.listdir(tmp_path))
+    refused = {"load": 0, "inspect": 0}
     for number in range(600):
         data = bytearray(entries[pickle_name])
         MUTATIONS[number % len(MUTATIONS)](data, source)
         with zipfile.ZipFile(path, "w") as archive:
             for name, value in entries.items():
                 archive.writestr(name, bytes(data) if name == pickle_name else value)
-        for use in (lambda: load_pretrained_encoder(network, path), lambda: inspect_checkpoint(path)):
-            network.load_state_dict(fresh)
-            try:
-                use()
-            except Exception as error:
-                assert is_one_sentence(error), (number, repr(error))
-                assert equal(snapshot(network), fresh), number
+        network.load_state_dict(fresh)
+        try:
+            report = load_pretrained_encoder(network, path)
+        except Exception as error:
+            assert is_one_sentence(error), (number, repr(error))
+            assert equal(snapshot(network), fresh), number
+            refused["load"] += 1
+        else:
+            said, taken = network_weights(read_checkpoint(path), path), {entry.name for entry in report.of("loaded")}
+            encoder = {name for name in fresh if name.startswith("encoder.")}
+            assert encoder <= taken | {entry.name for entry in report.of("adapted")}, number
+            now = snapshot(network)
+            assert all(torch.equal(now[name], said[name]) for name in taken), number
+        try:
+            facts = inspect_checkpoint(path)
+        except Exception as error:
+            assert is_one_sentence(error), (number, repr(error))
+            refused["inspect"] += 1
+        else:
+            assert json.loads(json.dumps(facts))["file"] == str(path), number
+    assert min(refused.values()) > 500, refused
     assert set(os.listdir(tmp_path)) == before | {"bad.pth"}
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_official_files(tmp_path, make_network, seed):
-    """Missing, misshapen, renamed and misplaced tensors of an official file."""
+    """Missing, misshapen, renamed and misplaced tensors of an official file: refused, whichever it is."""
     weights = make_network(1).encoder.state_dict()
     official = {official_name(f"encoder.{n}").removeprefix("sparse_encoder."): t for n, t in weights.items()}
     for name in official:
@@ -123,10 +143,12 @@ def test_damaged_official_files(tmp_path, make_network, seed):
     official["mae.pos_embed"] = torch.zeros(1, 1, 12)
     path = tmp_path / "official.pth"
     torch.save(official, path)
-    assert import_official(path).architecture.arch_kwargs["features_per_stage"] == [4, 6, 12]
+    whole = import_official(path)
+    assert whole.architecture.arch_kwargs["features_per_stage"] == [4, 6, 12]
     source = random.Random(seed)
     odd = [torch.zeros(()), torch.zeros(0), torch.zeros(3), torch.zeros(2, 2, 2, 2, 2), torch.zeros(1, 10**6), "text",
            {"a": torch.ones(1)}, torch.full((4,), torch.nan), torch.zeros(4, 1, 0, 3, 3), torch.zeros(4, 1, 2, 2, 2)]
+    refused = 0
     for number in range(50):
         changed = dict(official)
         for _ in range(source.choice([1, 2, 5])):
@@ -140,7 +162,14 @@ def test_damaged_official_files(tmp_path, make_network, seed):
             elif action == 3:
                 changed[name.replace("0", "7").replace("1", "999999999999999999999")] = value
         torch.save(changed, path)
+        harmed = [name for name in official if changed.get(name) is not official[name]]
         try:
-            import_official(path)
+            imported = import_official(path)
         except Exception as error:
+            assert harmed, (number, repr(error))
             assert is_one_sentence(error), (number, repr(error))
+            refused += 1
+        else:
+            assert not harmed, (number, harmed)
+            assert equal(imported.checkpoint["network_weights"], whole.checkpoint["network_weights"]), number
+    assert refused > 40

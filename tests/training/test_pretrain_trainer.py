@@ -114,6 +114,7 @@ def test_random_state_is_restored(make_trainer):
 def test_starting_anew_moves_the_earlier_run_aside(make_trainer):
     first = make_trainer()
     first.run_training()
+    assert "earlier run" not in Path(first.log_file).read_text()
     (first.folder / "validation").mkdir()
     weights = (first.folder / FINAL).read_bytes()
     second = make_trainer("pretraining.seed=1")
@@ -122,7 +123,8 @@ def test_starting_anew_moves_the_earlier_run_aside(make_trainer):
     assert (earlier / FINAL).read_bytes() == weights
     assert (earlier / "validation").is_dir()
     assert (second.folder / FINAL).read_bytes() != weights
-    assert "moves" not in second.folder.name and "--c" in Path(second.log_file).read_text()
+    log = Path(second.log_file).read_text()
+    assert f"they are now in {earlier}. To go on with a run instead, give --c." in log
 
 
 def test_goes_on_from_the_furthest_checkpoint_not_from_an_old_final_one(make_trainer):

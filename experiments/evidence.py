@@ -1,0 +1,163 @@
+"""Writes docs/evidence.md and its plots from the results of the studies.
+
+    python experiments/evidence.py experiments/results/*.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from scipy.stats import wilcoxon
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+DOCS = Path(__file__).parent.parent / "docs"
+HEADER = """# Evidence: does pre-training help?
+
+Every number and plot here is written by `python experiments/evidence.py experiments/results/*.json` from the results
+that `experiments/study.py` stored; [experiments/README.md](../experiments/README.md) has the command of every study.
+
+Dice in percent, mean over the validation cases and structures, then over seeds (in brackets the standard deviation
+over seeds). HD95: 95th percentile of the surface distance, mm, over cases where both masks have voxels. p: two-sided
+Wilcoxon signed-rank test over validation cases, each case's Dice averaged over seeds, against the arm `{baseline}`.
+Steps to reach the baseline: the first epoch whose pseudo-Dice on validation patches, averaged over seeds, is at least
+the baseline's at its end.
+"""
+BASELINE = "scratch"
+
+
+def mean_dice(piece: dict[str, Any]) -> dict[str, float]:
+    """Per case, the mean over structures that are there, percent."""
+    return {
+        name: 100 * float(np.nanmean([np.nan if d is None else d for d in case["dice"].values()]))
+        for name, case in piece["cases"].items()
+    }
+
+
+def per_structure(pieces: list[dict[str, Any]], metric: str, factor: float = 1.0) -> dict[str, float]:
+    """Mean over cases and seeds by label."""
+    values: dict[str, list[float]] = {}
+    for piece in pieces:
+        for case in piece["cases"].values():
+            for label, value in case[metric].items():
+                if value is not None and np.isfinite(value):
+                    values.setdefault(label, []).append(factor * value)
+    return {label: float(np.mean(numbers)) for label, numbers in sorted(values.items())}
+
+
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[float, float]:
+    """Difference in points, and its p value over the cases that both have, over the seeds that both have."""
+    seeds = {p["seed"] for p in ours} & {p["seed"] for p in theirs}
+    sides = []
+    for pieces in (ours, theirs):
+        dice = [mean_dice(p) for p in pieces if p["seed"] in seeds]
+        sides.append({case: float(np.mean([d[case] for d in dice])) for case in dice[0]})
+    difference = np.array([sides[0][case] - sides[1][case] for case in sides[0]])
+    p = wilcoxon(difference).pvalue if np.any(difference) else 1.0
+    return float(difference.mean()), float(p)
+
+
+def curve(pieces: Iterable[dict[str, Any]]) -> np.ndarray:
+    """Pseudo-Dice after every epoch, mean over seeds, percent."""
+    curves = [piece["curve"] for piece in pieces]
+    length = min(map(len, curves))
+    return 100 * np.nanmean([c[:length] for c in curves], axis=0)
+
+
+def plot_curves(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[str, Any]]], counts: list[int]) -> str:
+    """Learning curves, a panel per number of labelled cases; returns the file's name."""
+    figure, axes = plt.subplots(1, len(counts), figsize=(4 * len(counts), 3.2), squeeze=False, sharey=True)
+    for axis, count in zip(axes[0], counts):
+        for arm in study["arms"]:
+            if (arm, count) in groups:
+                values = curve(groups[arm, count])
+                steps = study["finetuning"]["iterations_per_epoch"] * np.arange(1, len(values) + 1)
+                axis.plot(steps, values, label=arm)
+        axis.set_title(f"{count} labelled cases")
+        axis.set_xlabel("steps")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("pseudo-Dice, %")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    name = f"figures/evidence_{study['name']}.png"
+    figure.savefig(DOCS / name, dpi=110)
+    plt.close(figure)
+    return name
+
+
+def section(results: dict[str, Any]) -> list[str]:
+    """A study's table, costs and plot."""
+    study, machine = results["study"], results["machine"]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for piece in results["pieces"]:
+        if piece["arm"] in study["arms"]:
+            groups.setdefault((piece["arm"], piece["labelled_cases"]), []).append(piece)
+    counts = sorted({count for _, count in groups})
+    seconds = sum(p["seconds"] for p in results["pieces"]) + sum(p["seconds"] for p in results["pretraining"].values())
+    lines = [
+        f"## {study['name']}", "", study["table"], "",
+        f"    python experiments/study.py experiments/studies/{study['name']}.json --work FOLDER", "",
+        f"{machine['processors']} processors, {study['device']}; torch {machine['torch']}, nnunetv2 "
+        f"{machine['nnunetv2']}, nnunetv2-hyspark {machine['nnunetv2-hyspark']}, Python {machine['python']}; "
+        f"{seconds / 3600:.1f} hours in all.", "",
+        "| labelled cases | arm | Dice | difference | p | by structure | HD95, mm | seeds | minutes | steps to reach "
+        "the baseline |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for count in counts:
+        baseline = groups.get((BASELINE, count))
+        for arm in study["arms"]:
+            pieces = groups.get((arm, count))
+            if not pieces:
+                continue
+            dice = [float(np.mean(list(mean_dice(p).values()))) for p in pieces]
+            spread = f" ({np.std(dice, ddof=1):.1f})" if len(dice) > 1 else ""
+            difference, p, reached = "", "", ""
+            if baseline and arm != BASELINE:
+                points, value = compare(pieces, baseline)
+                difference, p = f"{points:+.1f}", f"{value:.2g}"
+                above = np.nonzero(curve(pieces) >= curve(baseline)[-1])[0]
+                steps = study["finetuning"]["iterations_per_epoch"]
+                reached = f"{(above[0] + 1) * steps} of {len(curve(baseline)) * steps}" if len(above) else "not reached"
+            structures = ", ".join(f"{v:.1f}" for v in per_structure(pieces, "dice", 100).values())
+            hd95 = ", ".join(f"{v:.1f}" for v in per_structure(pieces, "hd95").values())
+            minutes = float(np.mean([p["seconds"] for p in pieces])) / 60
+            lines.append(
+                f"| {count} | {arm} | {np.mean(dice):.1f}{spread} | {difference} | {p} | {structures} | {hd95} | "
+                f"{len(dice)} | {minutes:.1f} | {reached} |"
+            )
+    lines += ["", "Pre-training: " + "; ".join(
+        f"`{name}` {run['seconds'] / 60:.0f} minutes, reconstruction loss {run['summary']['loss']:.3f} with "
+        + ", ".join(f"{key}={value}" for key, value in run["settings"].items())
+        for name, run in results["pretraining"].items()
+    ) + ".", ""]
+    settings = ", ".join(f"{key}={value}" for key, value in study["finetuning"].items())
+    lines += [f"All arms: {settings}. Network: {json.dumps(study['architecture'])}.", "", "Per arm:", ""]
+    lines += [f"- `{arm}`: {json.dumps(options)}" for arm, options in study["arms"].items()]
+    if groups:
+        lines += ["", f"![Learning curves]({plot_curves(study, groups, counts)})", ""]
+    return lines
+
+
+def main() -> None:
+    """Reads the files named on the command line."""
+    if len(sys.argv) < 2:
+        raise SystemExit("give the JSON files of experiments/results")
+    lines = [HEADER.format(baseline=BASELINE)]
+    for name in sys.argv[1:]:
+        lines += section(json.loads(Path(name).read_text(encoding="utf-8")))
+    notes = DOCS / "evidence_notes.md"
+    if notes.exists():
+        lines += ["", notes.read_text(encoding="utf-8")]
+    (DOCS / "evidence.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

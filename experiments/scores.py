@@ -1,0 +1,65 @@
+"""Scores of a finished training's validation: Dice and 95th-percentile Hausdorff distance per case and structure."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from scipy.ndimage import binary_erosion, distance_transform_edt
+
+
+def surface_distances(first: np.ndarray, second: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """Distances, mm, of every surface voxel of each mask to the other's surface."""
+    surfaces = [mask & ~binary_erosion(mask) for mask in (first, second)]
+    return np.concatenate([
+        distance_transform_edt(~other, sampling=spacing)[surface]
+        for surface, other in (surfaces, surfaces[::-1])
+    ])
+
+
+def hausdorff95(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[float, ...]) -> float | None:
+    """95th percentile of the surface distances of both directions together, mm; None where one mask is empty."""
+    if not reference.any() or not prediction.any():
+        return None
+    return float(np.percentile(surface_distances(reference, prediction, spacing), 95))
+
+
+def learning_curve(folder: Path) -> list[float]:
+    """Mean pseudo-Dice of nnU-Net's validation patches after every epoch, from the training logs."""
+    curve: dict[int, float] = {}
+    epoch = 0
+    for log in sorted(folder.glob("training_log_*.txt")):
+        for line in log.read_text(encoding="utf-8").splitlines():
+            if found := re.search(r": Epoch (\d+) *$", line):
+                epoch = int(found.group(1))
+            elif found := re.search(r"Pseudo dice \[(.*)\]", line):
+                numbers = re.findall(r"-?\d+\.\d+|nan", found.group(1))
+                curve[epoch] = float(np.nanmean([float(number) for number in numbers] or [np.nan]))
+    return [curve[epoch] for epoch in sorted(curve)]
+
+
+def score_validation(folder: Path) -> dict[str, Any]:
+    """Per case ``dice`` and ``hd95`` by label, and the learning curve.
+
+    Args:
+        folder: a training's ``fold_K``, with nnU-Net's ``validation/summary.json`` and predictions.
+    """
+    summary = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))
+    cases: dict[str, Any] = {}
+    for case in summary["metric_per_case"]:
+        images = [sitk.ReadImage(case[key]) for key in ("reference_file", "prediction_file")]
+        reference, prediction = (sitk.GetArrayFromImage(image) for image in images)
+        spacing = images[0].GetSpacing()[::-1]
+        name = Path(case["prediction_file"]).name.removesuffix(".nii.gz")
+        cases[name] = {
+            "dice": {label: metrics["Dice"] for label, metrics in case["metrics"].items()},
+            "hd95": {
+                label: hausdorff95(reference == int(label), prediction == int(label), spacing)
+                for label in case["metrics"]
+            },
+        }
+    return {"cases": cases, "curve": learning_curve(folder)}

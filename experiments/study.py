@@ -1,0 +1,240 @@
+"""Runs a study: pre-trainings, then trainings of every arm on every subset with every seed, by public commands alone.
+
+    python experiments/study.py experiments/studies/hippocampus_cpu.json --work FOLDER [--minutes 8]
+
+The study's file says what is trained; see experiments/README.md. Every training is a piece: a finished one is never
+repeated, an interrupted one goes on, and ``--minutes`` stops before a new piece is begun, so that a study can be run
+in several goes. Results are added to experiments/results/NAME.json as they come. ``nnUNet_raw`` and
+``nnUNet_preprocessed`` as always; FOLDER takes the results and the logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scores import score_validation
+
+HERE = Path(__file__).parent
+PLANS = "nnUNetHySparKPlans"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's file holds.
+
+    Attributes:
+        name: of the results' file.
+        pile, labelled: numbers of the two data sets; the labelled one's folds are its subsets.
+        plan: arguments of ``nnUNetv2_plan_and_preprocess``.
+        architecture: settings of the network, fixed when it is planned.
+        plan_edit: values that replace those of configuration 3d_fullres in HySparK's plans of both data sets.
+        pretraining: named pre-trainings, each with its settings.
+        finetuning: settings of every supervised training.
+        arms: per arm ``trainer``, and where they apply ``weights`` (name of a pre-training), ``settings`` (added to
+            ``finetuning``), ``plans`` and ``environment``.
+        folds, seeds: which subsets, and how often.
+        device: ``cpu`` or ``cuda``.
+        other_plans: further plans of the labelled data set: per name ``arguments`` of ``nnUNetv2_plan_experiment``, and
+            ``edit``, values that replace those of configuration 3d_fullres.
+    """
+
+    name: str
+    pile: int
+    labelled: int
+    plan: list[str]
+    architecture: dict[str, Any]
+    pretraining: dict[str, dict[str, Any]]
+    finetuning: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    folds: list[int]
+    seeds: list[int]
+    device: str = "cpu"
+    other_plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plan_edit: dict[str, Any] = field(default_factory=dict)
+    table: str = ""
+
+
+def edit_plans(file: Path, values: dict[str, Any]) -> None:
+    """Replaces values of configuration 3d_fullres, or of its network's arguments where they have that name."""
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    configuration = plans["configurations"]["3d_fullres"]
+    architecture = configuration["architecture"]["arch_kwargs"]
+    for key, value in values.items():
+        (architecture if key in architecture else configuration)[key] = value
+    file.write_text(json.dumps(plans, indent=2), encoding="utf-8")
+
+
+class Runner:
+    """Runs the pieces of a study.
+
+    Args:
+        study: what to run.
+        work: folder of results and logs.
+        minutes: no piece is begun after so many.
+    """
+
+    def __init__(self, study: Study, work: Path, minutes: float):
+        self.study, self.work = study, work
+        self.until = time.monotonic() + 60 * minutes
+        self.file = HERE / "results" / f"{study.name}.json"
+        self.results: dict[str, Any] = {"study": study.__dict__, "pretraining": {}, "pieces": []}
+        if self.file.exists():
+            self.results.update(json.loads(self.file.read_text(encoding="utf-8")), study=study.__dict__)
+
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self.until
+
+    def save(self) -> None:
+        """Writes the results; a reader never sees half a file."""
+        self.results["machine"] = {
+            "processors": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "nnunetv2", "nnunetv2-hyspark")},
+        }
+        self.file.parent.mkdir(exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        partial.replace(self.file)
+
+    def command(self, log: Path, *command: str, settings: dict[str, Any] | None = None, **environment: str) -> float:
+        """Runs a command with its output in a log; returns its seconds.
+
+        Raises:
+            RuntimeError: if it fails; the message is the end of its output.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        surroundings = {**os.environ, "nnUNet_hyspark": json.dumps(settings or {}), **environment}
+        began = time.monotonic()
+        with log.open("a", encoding="utf-8") as output:
+            print("$", *command, file=output, flush=True)
+            status = subprocess.run(
+                [str(Path(sys.executable).parent / command[0]), *command[1:]], env=surroundings, stdout=output,
+                stderr=output, stdin=subprocess.DEVNULL,
+            ).returncode
+        if status:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
+        return time.monotonic() - began
+
+    def preprocessed(self, number: int) -> Path:
+        """Folder of a preprocessed data set."""
+        return next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{number:03d}_*"))
+
+    def prepare(self) -> None:
+        """Plans and preprocesses both data sets, unless that is done."""
+        for number in (self.study.pile, self.study.labelled):
+            folders = list(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{number:03d}_*"))
+            if not any((folder / f"{PLANS}.json").exists() for folder in folders):
+                self.command(
+                    self.work / "logs" / f"plan_{number}.txt", "nnUNetv2_plan_and_preprocess", "-d", str(number), "-pl",
+                    "HySparKPlanner", "-c", "3d_fullres", *self.study.plan, settings=self.study.architecture,
+                )
+                edit_plans(self.preprocessed(number) / f"{PLANS}.json", self.study.plan_edit)
+        for name, plan in self.study.other_plans.items():
+            file = self.preprocessed(self.study.labelled) / f"{name}.json"
+            if not file.exists():
+                self.command(
+                    self.work / "logs" / f"plan_{name}.txt", "nnUNetv2_plan_experiment", "-d",
+                    str(self.study.labelled), *plan["arguments"], "-overwrite_plans_name", name,
+                )
+                edit_plans(file, plan["edit"])
+
+    def train(self, folder: Path, log: Path, number: int, fold: str, *more: str, **keywords: Any) -> Path | None:
+        """One training, gone on with if it was interrupted; returns its folder, or None if the time is up."""
+        found = list(folder.glob(f"Dataset{number:03d}_*/*/fold_{fold}"))
+        if not (found and (found[0] / "validation" / "summary.json").exists()):
+            if self.is_over():
+                return None
+            weights = more
+            if found and any(found[0].glob("checkpoint_*.pth")):
+                weights = tuple(word for word in more if word != "-pretrained_weights" and not word.endswith(".pth"))
+                weights = (*weights, "--c")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.command(
+                log, "nnUNetv2_train", str(number), "3d_fullres", fold, "-device", self.study.device, *weights,
+                nnUNet_results=str(folder), **keywords,
+            )
+        return next(folder.glob(f"Dataset{number:03d}_*/*/fold_{fold}"))
+
+    def pretrain(self, name: str) -> Path | None:
+        """One pre-training; returns its checkpoint, or None if the time is up."""
+        began = time.monotonic()
+        settings = {"pretraining": self.study.pretraining[name]}
+        folder = self.train(
+            self.work / "pretraining" / name, self.work / "logs" / f"pretraining_{name}.txt", self.study.pile, "all",
+            "-tr", "HySparKPretrainTrainer", "-p", PLANS, settings=settings,
+        )
+        if folder is None:
+            return None
+        if name not in self.results["pretraining"]:
+            summary = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))
+            self.results["pretraining"][name] = {
+                "settings": self.study.pretraining[name],
+                "seconds": time.monotonic() - began,
+                "summary": summary["mean"],
+            }
+            self.save()
+        return folder / "checkpoint_final.pth"
+
+    def piece(self, arm: str, fold: int, seed: int) -> bool:
+        """One training of an arm; False if the time is up."""
+        if any((p["arm"], p["fold"], p["seed"]) == (arm, fold, seed) for p in self.results["pieces"]):
+            return True
+        options = self.study.arms[arm]
+        more = ["-tr", options["trainer"], "-p", options.get("plans", PLANS)]
+        if "weights" in options:
+            checkpoint = self.pretrain(options["weights"])
+            if checkpoint is None:
+                return False
+            more += ["-pretrained_weights", str(checkpoint)]
+        settings = {"finetuning": {**self.study.finetuning, **options.get("settings", {}), "seed": seed}}
+        began = time.monotonic()
+        folder = self.train(
+            self.work / "arms" / arm / f"seed_{seed}", self.work / "logs" / f"{arm}_{fold}_{seed}.txt",
+            self.study.labelled, str(fold), *more, settings=settings,
+            nnUNet_extTrainer=str(HERE / "trainers"), **options.get("environment", {}),
+        )
+        if folder is None:
+            return False
+        cases = json.loads((self.preprocessed(self.study.labelled) / "splits_final.json").read_text(encoding="utf-8"))
+        self.results["pieces"].append({
+            "arm": arm, "fold": fold, "seed": seed, "labelled_cases": len(cases[fold]["train"]),
+            "seconds": time.monotonic() - began, **score_validation(folder),
+        })
+        self.save()
+        return True
+
+    def run(self) -> bool:
+        """Every piece, seed by seed; False if the time was up before the end."""
+        self.prepare()
+        return all(
+            self.piece(arm, fold, seed)
+            for seed in self.study.seeds
+            for fold in self.study.folds
+            for arm in self.study.arms
+        )
+
+
+def main() -> None:
+    """Runs a study or a part of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    arguments = parser.parse_args()
+    study = Study(**json.loads(arguments.study.read_text(encoding="utf-8")))
+    finished = Runner(study, arguments.work.resolve(), arguments.minutes).run()
+    print(f"{study.name}: " + ("finished" if finished else "to be gone on with, by the same command"))
+
+
+if __name__ == "__main__":
+    main()

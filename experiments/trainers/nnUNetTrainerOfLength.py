@@ -1,0 +1,23 @@
+"""nnU-Net's own trainer with a length, for baselines with the same number of steps."""
+
+import os
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class nnUNetTrainerOfLength(nnUNetTrainer):
+    """nnUNetTrainer; ``EPOCHS``, ``ITERATIONS`` and ``VAL_ITERATIONS`` of the environment say how long it trains."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = int(os.environ["EPOCHS"])
+        self.num_iterations_per_epoch = int(os.environ["ITERATIONS"])
+        self.num_val_iterations_per_epoch = int(os.environ["VAL_ITERATIONS"])

@@ -47,6 +47,22 @@ def rows(title: str, table: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def segmentation_rows(title: str, table: dict[str, dict[str, Any]]) -> list[str]:
+    """A Markdown table of whole segmentation networks."""
+    lines = [
+        f"**{title}**", "",
+        "| network | million parameters | median s | x HySparKUNet | million voxels/s | GMAC | of peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in table.items():
+        lines.append(
+            f"| {name} | {row['million_parameters']:.1f} | {row['median_s']:.2f} | "
+            f"{row['ratio_to_HySparKUNet']:.2f} | {row['million_voxels_per_second']:.2f} | {row['forward_gmac']:.0f} | "
+            f"{row['share_of_matmul_ceiling']:.0%} |"
+        )
+    return [*lines, ""]
+
+
 def section(figures: dict[str, Any]) -> list[str]:
     """Everything one run measured."""
     request, machine, top = figures["request"], figures["machine"], figures["ceilings"]
@@ -77,6 +93,9 @@ def section(figures: dict[str, Any]) -> list[str]:
         lines += ["| mask ratio | time | 1 - ratio |", "|---|---|---|"]
         lines += [f"| {r} | {t:.3f} | {1 - float(r):.2f} |" for r, t in figures["by_mask_ratio"].items()]
         lines.append("")
+    for key, title in (("finetuning_step", "forward and backward"), ("prediction", "forward")):
+        if key in figures:
+            lines += segmentation_rows(f"Segmentation networks on dense patches, {title}", figures[key])
     if "loading" in figures:
         loading = figures["loading"]
         voxels = "x".join(map(str, loading["case_voxels"]))

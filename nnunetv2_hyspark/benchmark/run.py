@@ -23,6 +23,7 @@ from .loading import measure_loading, write_cases
 from .memory import peak_gb
 from .operations import forward_gmac
 from .reference import dense_then_mask, official_like
+from .segmentation import networks, parameters, segmentation_loss
 from .timing import ceilings, interleave
 
 STEPS = {
@@ -147,7 +148,7 @@ def measure(request: Request, what: list[str], ratios: list[float], log: Callabl
 
     Args:
         request: sizes, precision, device.
-        what: any of ``encoder``, ``step``, ``memory``, ``ratios``, ``loading``.
+        what: any of ``encoder``, ``step``, ``memory``, ``ratios``, ``segmentation``, ``loading``.
         ratios: mask ratios of the last one.
         log: takes a line.
 
@@ -191,10 +192,44 @@ def measure(request: Request, what: list[str], ratios: list[float], log: Callabl
         results["by_mask_ratio"] = by_ratio(request, ratios, device)
         log("encoder forward+backward over its time with nothing hidden: "
             + ", ".join(f"{r}: {v:.3f} (1-r = {1 - float(r):.2f})" for r, v in results["by_mask_ratio"].items()))
+    if "segmentation" in what:
+        for name, training in (("finetuning_step", True), ("prediction", False)):
+            results[name] = segmentation(request, training, top)
+            log(table(f"segmentation, {name}", results[name]))
     if "loading" in what:
         results["loading"] = loading(request)
         log(loading_table(results["loading"]))
     return results
+
+
+def segmentation(request: Request, training: bool, top: float) -> dict[str, Any]:
+    """Forward and backward passes, or forwards alone, of whole segmentation networks on dense patches."""
+    image = torch.randn(request.batch, 1, *request.size, generator=torch.Generator().manual_seed(0)).to(request.device)
+
+    def make(network: Any) -> Callable[[], object]:
+        network = network.to(request.device).train(training)
+        network.decoder.deep_supervision = training
+
+        def run() -> object:
+            with torch.set_grad_enabled(training and torch.is_grad_enabled()), autocast(request):
+                outputs = network(image)
+            if training and torch.is_grad_enabled():
+                network.zero_grad(set_to_none=True)
+                segmentation_loss(outputs).backward()
+            return outputs
+
+        return run
+
+    made = networks(request.base_width)
+    runs = {name: make(network) for name, network in made.items()}
+    timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))
+    gmac = {name: forward_gmac(run) for name, run in runs.items()}
+    rows = summary(timings, gmac, top, passes=3 if training else 1, reference="HySparKUNet")
+    voxels = image.numel()
+    for name, row in rows.items():
+        row["million_parameters"] = parameters(made[name])
+        row["million_voxels_per_second"] = voxels / row["median_s"] / 1e6
+    return rows
 
 
 def loading(request: Request) -> dict[str, Any]:
@@ -242,8 +277,10 @@ def by_ratio(request: Request, ratios: list[float], device: torch.device) -> dic
     return {str(ratio): 1 / timings.ratio("0", str(ratio)) for ratio in ratios}
 
 
-def summary(timings: Any, gmac: dict[str, float] | None, top: float, passes: int = 1) -> dict[str, Any]:
-    """Medians, spread, ratios to the block path, counted operations and share of the matmul ceiling."""
+def summary(
+    timings: Any, gmac: dict[str, float] | None, top: float, passes: int = 1, reference: str = "blocks"
+) -> dict[str, Any]:
+    """Medians, spread, ratios to the reference, counted operations and share of the matmul ceiling."""
     rows = {}
     for variant, median in timings.medians().items():
         row = {
@@ -251,7 +288,7 @@ def summary(timings: Any, gmac: dict[str, float] | None, top: float, passes: int
             "min_s": min(timings.seconds[variant]),
             "max_s": max(timings.seconds[variant]),
             "repeats": len(timings.seconds[variant]),
-            "ratio_to_blocks": timings.ratio(variant, "blocks"),
+            f"ratio_to_{reference}": timings.ratio(variant, reference),
         }
         if gmac:
             row["forward_gmac"] = gmac[variant]
@@ -262,12 +299,14 @@ def summary(timings: Any, gmac: dict[str, float] | None, top: float, passes: int
 
 def table(title: str, rows: dict[str, Any]) -> str:
     """Lines for the screen."""
-    head = f"  {'variant':<15}{'median s':>10}{'min':>9}{'max':>9}{'x blocks':>10}{'GMAC':>9}{'of peak':>9}"
+    ratio = next(key for key in next(iter(rows.values())) if key.startswith("ratio_to_"))
+    against = f"x {ratio.removeprefix('ratio_to_')}"
+    head = f"  {'variant':<15}{'median s':>10}{'min':>9}{'max':>9}{against:>15}{'GMAC':>9}{'of peak':>9}"
     lines = [f"{title}:", head]
     for variant, row in rows.items():
         extra = f"{row['forward_gmac']:>9.1f}{row['share_of_matmul_ceiling']:>9.0%}" if "forward_gmac" in row else ""
         lines.append(f"  {variant:<15}{row['median_s']:>10.3f}{row['min_s']:>9.3f}{row['max_s']:>9.3f}"
-                     f"{row['ratio_to_blocks']:>10.2f}{extra}")
+                     f"{row[ratio]:>15.2f}{extra}")
     return "\n".join(lines)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+WHAT = ("encoder", "step", "memory", "ratios", "segmentation", "loading")
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `hyspark benchmark`."""
@@ -14,8 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "same, dense-then-mask), 'official-like' (dense-then-mask as the official release computes it). Ratios are "
         "medians over pairs of the same round.",
     )
-    parser.add_argument("--what", nargs="+", choices=("encoder", "step", "memory", "ratios", "loading"),
-                        default=["encoder", "step", "memory", "ratios", "loading"], help="default: all")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="default: all")
     parser.add_argument("--step", choices=("default", "official"), default="default",
                         help="the step's decoder: default settings, or the official release's (width 768)")
     parser.add_argument("--size", type=int, nargs=3, default=(96, 96, 96), metavar=("D", "H", "W"), help="crop, voxels")

@@ -11,7 +11,8 @@ from torch import nn
 from nnunetv2_hyspark.benchmark.loading import measure_loading, write_cases
 from nnunetv2_hyspark.benchmark.memory import peak_gb
 from nnunetv2_hyspark.benchmark.operations import forward_gmac
-from nnunetv2_hyspark.benchmark.run import VARIANTS, Request, build, check_agreement
+from nnunetv2_hyspark.benchmark.run import VARIANTS, Request, build, check_agreement, segmentation
+from nnunetv2_hyspark.benchmark.segmentation import networks, parameters
 from nnunetv2_hyspark.benchmark.timing import Timings, interleave
 from nnunetv2_hyspark.cli.main import main
 from nnunetv2_hyspark.data.cases import image_shape, read_crop
@@ -100,3 +101,19 @@ def test_loading_reads_what_nnunet_writes_and_sees_who_waits(tmp_path):
     assert all(row["crops_per_second"] > 0 and 0 <= row["waiting_share"] < 1 for row in figures.values())
     slow = measure_loading([file], (16, 16, 16), (2, 2, 2), 2, (0,), 0.0, steps=10)
     assert slow["0"]["waiting_share"] > figures["0"]["waiting_share"]
+
+
+def test_segmentation_networks_are_compared_with_their_sizes():
+    rows = segmentation(Request(size=(64, 64, 64), base_width=8, repeats=1), training=True, top=100.0)
+    assert set(rows) == {"HySparKUNet", "ResEnc-L", "ResEnc, narrow"}
+    assert rows["HySparKUNet"]["ratio_to_HySparKUNet"] == 1
+    assert rows["ResEnc-L"]["million_parameters"] > 3 * rows["ResEnc, narrow"]["million_parameters"]
+    assert all(row["forward_gmac"] > 0 for row in rows.values())
+    forward = segmentation(Request(size=(64, 64, 64), base_width=8, repeats=1), training=False, top=100.0)
+    assert all(forward[name]["median_s"] < rows[name]["median_s"] for name in rows)
+
+
+def test_networks_of_the_paper_and_of_nnunet_have_the_sizes_stated():
+    sizes = {name: parameters(network) for name, network in networks(32).items()}
+    assert sizes["ResEnc-L"] == pytest.approx(102.4, abs=0.1)
+    assert abs(sizes["ResEnc, narrow"] / sizes["HySparKUNet"] - 1) < 0.05

@@ -42,8 +42,14 @@ def learning_curve(folder: Path) -> list[float]:
     return [curve[epoch] for epoch in sorted(curve)]
 
 
+def training_seconds(folder: Path) -> float:
+    """Time of all epochs, from the training logs: without start-up, and whether or not the run was interrupted."""
+    logs = "".join(log.read_text(encoding="utf-8") for log in sorted(folder.glob("training_log_*.txt")))
+    return sum(float(seconds) for seconds in re.findall(r"Epoch time: (\d+\.?\d*) s", logs))
+
+
 def score_validation(folder: Path) -> dict[str, Any]:
-    """Per case ``dice`` and ``hd95`` by label, and the learning curve.
+    """Per case ``dice`` and ``hd95`` by label, the learning curve, and the seconds of training.
 
     Args:
         folder: a training's ``fold_K``, with nnU-Net's ``validation/summary.json`` and predictions.
@@ -62,4 +68,4 @@ def score_validation(folder: Path) -> dict[str, Any]:
                 for label in case["metrics"]
             },
         }
-    return {"cases": cases, "curve": learning_curve(folder)}
+    return {"cases": cases, "curve": learning_curve(folder), "seconds": training_seconds(folder)}

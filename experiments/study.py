@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scores import score_validation
+from scores import score_validation, training_seconds
 
 HERE = Path(__file__).parent
 PLANS = "nnUNetHySparKPlans"
@@ -106,15 +106,14 @@ class Runner:
         partial.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
         partial.replace(self.file)
 
-    def command(self, log: Path, *command: str, settings: dict[str, Any] | None = None, **environment: str) -> float:
-        """Runs a command with its output in a log; returns its seconds.
+    def command(self, log: Path, *command: str, settings: dict[str, Any] | None = None, **environment: str) -> None:
+        """Runs a command with its output in a log.
 
         Raises:
             RuntimeError: if it fails; the message is the end of its output.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         surroundings = {**os.environ, "nnUNet_hyspark": json.dumps(settings or {}), **environment}
-        began = time.monotonic()
         with log.open("a", encoding="utf-8") as output:
             print("$", *command, file=output, flush=True)
             status = subprocess.run(
@@ -123,7 +122,6 @@ class Runner:
             ).returncode
         if status:
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
-        return time.monotonic() - began
 
     def preprocessed(self, number: int) -> Path:
         """Folder of a preprocessed data set."""
@@ -167,7 +165,6 @@ class Runner:
 
     def pretrain(self, name: str) -> Path | None:
         """One pre-training; returns its checkpoint, or None if the time is up."""
-        began = time.monotonic()
         settings = {"pretraining": self.study.pretraining[name]}
         folder = self.train(
             self.work / "pretraining" / name, self.work / "logs" / f"pretraining_{name}.txt", self.study.pile, "all",
@@ -179,7 +176,7 @@ class Runner:
             summary = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))
             self.results["pretraining"][name] = {
                 "settings": self.study.pretraining[name],
-                "seconds": time.monotonic() - began,
+                "seconds": training_seconds(folder),
                 "summary": summary["mean"],
             }
             self.save()
@@ -197,7 +194,6 @@ class Runner:
                 return False
             more += ["-pretrained_weights", str(checkpoint)]
         settings = {"finetuning": {**self.study.finetuning, **options.get("settings", {}), "seed": seed}}
-        began = time.monotonic()
         folder = self.train(
             self.work / "arms" / arm / f"seed_{seed}", self.work / "logs" / f"{arm}_{fold}_{seed}.txt",
             self.study.labelled, str(fold), *more, settings=settings,
@@ -208,7 +204,7 @@ class Runner:
         cases = json.loads((self.preprocessed(self.study.labelled) / "splits_final.json").read_text(encoding="utf-8"))
         self.results["pieces"].append({
             "arm": arm, "fold": fold, "seed": seed, "labelled_cases": len(cases[fold]["train"]),
-            "seconds": time.monotonic() - began, **score_validation(folder),
+            **score_validation(folder),
         })
         self.save()
         return True

@@ -42,6 +42,8 @@ def test_learning_curve_is_read_from_the_log_and_a_repeated_epoch_counts_once(sc
         "2026-01-01 00:01:00.3: Epoch 1 \n2026-01-01 00:01:00.4: Pseudo dice [np.float64(0.6), np.float64(0.8)] \n"
     )
     assert script("scores").learning_curve(tmp_path) == pytest.approx([0.2, 0.7])
+    (tmp_path / "training_log_3.txt").write_text("x: Epoch time: 2.5 s \nx: Epoch time: 3 s, about 00:00 h to go\n")
+    assert script("scores").training_seconds(tmp_path) == 5.5
 
 
 def test_scores_of_a_validation(script, tmp_path):

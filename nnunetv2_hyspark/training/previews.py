@@ -60,7 +60,8 @@ class Previews:
         self.log = log
 
     def draw(self, network: HySparK, epoch: int, device: torch.device) -> None:
-        """Draws all cases; what cannot be read or written is said and passed over, it never ends a run.
+        """Draws all cases; what cannot be read or written, or needs more memory than the GPU has left, is said and passed
+        over: a picture never ends a run.
 
         Args:
             network: in evaluation mode.
@@ -70,7 +71,7 @@ class Previews:
         for name, path in self.cases:
             try:
                 self._draw_case(network, name, path, epoch, device)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, torch.OutOfMemoryError) as error:
                 self.log(f"WARNING: no preview of {name}: {error}")
 
     def _draw_case(self, network: HySparK, name: str, path: Path, epoch: int, device: torch.device) -> None:

@@ -109,7 +109,7 @@ MISTAKES = [
 def test_wrong_settings_are_answered_by_a_sentence(planned, setting: str, sentence: str):
     command = ("nnUNetv2_train", 10, "3d_fullres", 3, "-tr", "HySparKPretrainTrainer", "-device", "cpu")
     last = planned.run(*command, settings=f"{SETTINGS},{setting}", expect=-1).strip().splitlines()[-1]
-    assert last.startswith("ValueError: ") and sentence in last, last
+    assert last.startswith("nnunetv2_hyspark: error: ") and sentence in last, last
 
 
 def test_a_2d_configuration_is_refused_and_nothing_is_written(planned):
@@ -121,14 +121,48 @@ def test_a_2d_configuration_is_refused_and_nothing_is_written(planned):
     assert not list(planned.results.rglob("*__2d"))
 
 
-def edited_plans(workspace, name: str, **changes) -> str:
-    """A copy of the plans with other entries in 3d_fullres."""
+def edited_plans(workspace, name: str, architecture: dict | None = None, **changes) -> str:
+    """A copy of the plans with other entries in 3d_fullres, and in its network's arguments."""
     folder = workspace.preprocessed / DATASET
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
     plans["plans_name"] = name
-    plans["configurations"]["3d_fullres"].update(changes)
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration.update(changes)
+    configuration["architecture"]["arch_kwargs"].update(architecture or {})
     (folder / f"{name}.json").write_text(json.dumps(plans))
     return name
+
+
+def test_a_plain_plan_of_six_anisotropic_stages(planned, tmp_path: Path):
+    """As nnU-Net plans prostate MR: the encoder keeps five stages, to a total stride of 8 x 16 x 16."""
+    plans = edited_plans(
+        planned,
+        "AnisotropicPlans",
+        {
+            "n_stages": 6,
+            "features_per_stage": [32, 64, 128, 256, 320, 320],
+            "kernel_sizes": [[1, 3, 3], [1, 3, 3], *[[3, 3, 3]] * 4],
+            "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]],
+            "n_conv_per_stage": [2] * 6,
+            "n_conv_per_stage_decoder": [2] * 5,
+        },
+        patch_size=[16, 64, 64],
+        batch_size=2,
+    )
+    short = SETTINGS.replace("pretraining.epochs=3", "pretraining.epochs=1").replace("epoch=10", "epoch=2")
+    train, common = ("nnUNetv2_train", 10, "3d_fullres", 0), ("-p", plans, "-device", "cpu")
+    log = planned.run(*train, "-tr", "HySparKPretrainTrainer", *common, settings=short)
+    assert "masking: 2x4x4 cells of 8x16x16 voxels" in log
+    weights = planned.output(DATASET, "HySparKPretrainTrainer", plans, 0) / "checkpoint_final.pth"
+    planned.run(
+        *train, "-tr", "HySparKFinetuneTrainer", *common, "-pretrained_weights", weights, settings=short
+    )
+    images = planned.raw / DATASET / "imagesTs"
+    planned.run(
+        "nnUNetv2_predict", "-d", 10, "-tr", "HySparKFinetuneTrainer", "-p", plans, "-c", "3d_fullres", "-f", 0,
+        "-i", images, "-o", tmp_path, "-device", "cpu", "--disable_tta", settings="",
+    )
+    assert len(list(tmp_path.glob("*.nii.gz"))) == 1
 
 
 def test_a_patch_that_the_strides_do_not_divide_and_a_patch_larger_than_the_volume(planned):

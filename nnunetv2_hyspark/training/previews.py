@@ -71,7 +71,7 @@ class Previews:
         for name, path in self.cases:
             try:
                 self._draw_case(network, name, path, epoch, device)
-            except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            except (OSError, ValueError, torch.cuda.OutOfMemoryError) as error:
                 self.log(f"WARNING: no preview of {name}: {error}")
 
     def _draw_case(self, network: HySparK, name: str, path: Path, epoch: int, device: torch.device) -> None:

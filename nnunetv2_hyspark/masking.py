@@ -51,6 +51,24 @@ def random_visible(batch_size: int, grid: Size3, mask_ratio: float, generator: t
     return visible.view(batch_size, *grid)
 
 
+def random_visible_between(
+    batch_size: int, grid: Size3, lowest: float, highest: float, generator: torch.Generator
+) -> torch.Tensor:
+    """As :func:`random_visible`, every sample with a mask ratio of its own, uniform between two.
+
+    Few hidden cells bring training close to the whole images that the encoder sees later; many make the task hard.
+
+    Raises:
+        ValueError: as :func:`count_visible`, for either ratio.
+    """
+    most, fewest = count_visible(grid, lowest), count_visible(grid, highest)
+    shares = torch.rand(batch_size, generator=generator, device=generator.device)
+    keep = (fewest + shares * (most - fewest)).round().long()
+    noise = torch.rand((batch_size, volume(grid)), generator=generator, device=generator.device)
+    visible = noise.argsort(dim=1).argsort(dim=1) < keep[:, None]
+    return visible.view(batch_size, *grid)
+
+
 def upsample_mask(visible: torch.Tensor, factor: Size3) -> torch.Tensor:
     """Repeats every cell ``factor`` times per axis: ``(B, g0, g1, g2)`` to ``(B, 1, g0*f0, g1*f1, g2*f2)``."""
     for axis, repeats in enumerate(factor):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_hyspark.geometry import volume
-from nnunetv2_hyspark.masking import count_visible, random_visible, upsample_mask
+from nnunetv2_hyspark.masking import count_visible, random_visible, random_visible_between, upsample_mask
 
 GRIDS = [(6, 6, 6), (1, 2, 3), (3, 3, 3), (2, 5, 1)]
 
@@ -99,3 +99,23 @@ def test_upsample_mask(grid, factor):
     visible = torch.rand(3, *grid, generator=generator(0)) < 0.5
     expected = np.stack([np.kron(sample.numpy(), np.ones(factor, dtype=bool)) for sample in visible])[:, None]
     assert np.array_equal(upsample_mask(visible, factor).numpy(), expected)
+
+
+@given(seed=st.integers(0, 2**31), low=st.floats(0.2, 0.8), more=st.floats(0, 0.15))
+def test_ratios_between_two_stay_between_them(seed, low, more):
+    grid = (3, 4, 3)
+    visible = random_visible_between(5, grid, low, low + more, generator(seed))
+    assert visible.shape == (5, *grid) and visible.dtype == torch.bool
+    counts = visible.flatten(1).sum(1)
+    assert ((counts >= count_visible(grid, low + more)) & (counts <= count_visible(grid, low))).all()
+    assert torch.equal(visible, random_visible_between(5, grid, low, low + more, generator(seed)))
+
+
+def test_ratios_between_two_are_spread_and_cells_are_uniform():
+    visible = random_visible_between(20_000, (2, 2, 3), 0.25, 0.75, generator(0))
+    counts = visible.flatten(1).sum(1)
+    assert counts.float().mean() == pytest.approx(6, abs=0.05)
+    assert set(counts.tolist()) == set(range(3, 10))
+    assert (visible.float().mean(0) - 0.5).abs().max() < 0.02
+    with pytest.raises(ValueError, match="mask_ratio 0.001 leaves no masked"):
+        random_visible_between(1, (2, 2, 3), 0.001, 0.75, generator(0))

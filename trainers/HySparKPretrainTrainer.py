@@ -20,7 +20,7 @@ from torch import nn
 from nnunetv2_hyspark.data.cases import find_image
 from nnunetv2_hyspark.data.loader import Batches, CropBatches
 from nnunetv2_hyspark.geometry import Size3, as_size3
-from nnunetv2_hyspark.masking import count_visible, random_visible
+from nnunetv2_hyspark.masking import count_visible, random_visible, random_visible_between
 from nnunetv2_hyspark.pretext.build import build_hyspark
 from nnunetv2_hyspark.pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
 from nnunetv2_hyspark.training.diagnosis import new_signs, representation_health
@@ -97,7 +97,13 @@ class HySparKPretrainTrainer(ResumableTrainer):
                 f"{encoder_strides.tolist()}; change patch_size in the plans, or plan with -pl HySparKPlanner."
             )
         grid = as_size3(int(p // s) for p, s in zip(self.patch_size, encoder_strides))
-        count_visible(grid, self.options.mask_ratio)
+        for ratio in (self.options.mask_ratio, self.options.lowest_mask_ratio):
+            count_visible(grid, ratio)
+        if self.options.lowest_mask_ratio > self.options.mask_ratio:
+            raise ValueError(
+                f"mask_ratio_low is {self.options.mask_ratio_low}, above mask_ratio {self.options.mask_ratio}; "
+                f"expected a ratio up to it, or 0 for none."
+            )
         super().initialize()
         self.model.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
 
@@ -154,7 +160,12 @@ class HySparKPretrainTrainer(ResumableTrainer):
 
     def _crops(self, identifiers: list[str], purpose: int, flip_axes: tuple[int, ...], in_order: bool) -> CropBatches:
         cases = self._images(identifiers)
-        grid = self.model.encoder.grid(self.patch_size)
+        grid, options = self.model.encoder.grid(self.patch_size), self.options
+        draw_mask = functools.partial(random_visible, 1, grid, options.mask_ratio)
+        if options.mask_ratio_low and not in_order:
+            draw_mask = functools.partial(
+                random_visible_between, 1, grid, options.mask_ratio_low, options.mask_ratio
+            )
         # label 1 of other data sets is an annotation, and annotations are never looked at
         has_mask = "foreground_mask" in self.dataset_json.get("hyspark", {})
         return CropBatches(
@@ -162,13 +173,13 @@ class HySparKPretrainTrainer(ResumableTrainer):
             [name for name, _ in cases],
             self.patch_size,
             self.positions,
-            functools.partial(random_visible, 1, grid, self.options.mask_ratio),
-            (self.options.seed, purpose),
+            draw_mask,
+            (options.seed, purpose),
             flip_axes,
             in_order,
             self.configuration_manager.batch_size,
-            self.options.on_broken_case,
-            self.options.foreground_fraction if has_mask else 0.0,
+            options.on_broken_case,
+            options.foreground_fraction if has_mask else 0.0,
         )
 
     def get_dataloaders(self) -> tuple[Batches, Batches]:

@@ -35,7 +35,7 @@ def trace_pretraining(
     """
     size = as_size3(patch_size)
     grid = divide(size, cumulative_strides(arch_kwargs["strides"])[-1], "patch of size")
-    visible = random_visible(crops, grid, config.mask_ratio, torch.Generator().manual_seed(0))
+    visible = random_visible(crops, grid, config.lowest_mask_ratio, torch.Generator().manual_seed(0))
 
     def build() -> HySparK:
         return build_hyspark(input_channels, arch_kwargs, config)

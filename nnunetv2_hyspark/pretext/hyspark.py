@@ -22,6 +22,11 @@ class HySparKConfig:
     mask_ratio: float = field(
         default=0.75, metadata={"range": (0.0, 1.0), "open": True, "help": "fraction of junction cells that are hidden"}
     )
+    mask_ratio_low: float = field(
+        default=0.0,
+        metadata={"range": (0.0, 1.0), "help": "lowest mask ratio in training: every crop has one of its own, uniform "
+                  "from here to mask_ratio; 0: mask_ratio for all"},
+    )
     decoder_width: int = field(
         default=0,
         metadata={"range": (0, 4096), "help": "channels of the reconstruction decoder at the junction, halved per "
@@ -92,6 +97,11 @@ class HySparKConfig:
     )
     tensorboard: bool = field(default=False, metadata={"help": "write TensorBoard files into the results folder"})
     seed: int = field(default=0, metadata={"range": (0, 2**31 - 1), "help": "of initialisation, crops and masks"})
+
+    @property
+    def lowest_mask_ratio(self) -> float:
+        """Of training; see ``mask_ratio_low``."""
+        return self.mask_ratio_low or self.mask_ratio
 
 
 def patchify(image: torch.Tensor, cell: Size3) -> torch.Tensor:

@@ -60,8 +60,8 @@ class Previews:
         self.log = log
 
     def draw(self, network: HySparK, epoch: int, device: torch.device) -> None:
-        """Draws all cases; what cannot be read or written, or needs more memory than the GPU has left, is said and passed
-        over: a picture never ends a run.
+        """Draws all cases; what cannot be read or written, or needs more memory than the GPU has left, is said and
+        passed over: a picture never ends a run.
 
         Args:
             network: in evaluation mode.

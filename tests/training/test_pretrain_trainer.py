@@ -274,6 +274,21 @@ def test_validation_is_computed_in_parts_too(make_trainer):
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_mask_ratios_vary_in_training_and_are_fixed_in_validation(make_trainer):
+    trainer = make_trainer("mask_ratio_low=0.25")
+    trainer.on_train_start()
+    counts = [set(next(loader)["visible"].flatten(1).sum(1).tolist()) for loader in [trainer.dataloader_train] * 6]
+    fixed = [set(next(trainer.dataloader_val)["visible"].flatten(1).sum(1).tolist()) for _ in range(2)]
+    assert len(set.union(*counts)) > 2
+    assert len(set.union(*fixed)) == 1
+    trainer.on_train_end()
+
+
+def test_the_lowest_mask_ratio_may_not_be_above_the_highest(make_trainer):
+    with pytest.raises(ValueError, match="mask_ratio_low is 0.9, above mask_ratio 0.75"):
+        make_trainer("mask_ratio_low=0.9").initialize()
+
+
 def test_processes_have_the_same_number_of_parts(make_trainer):
     trainer = make_trainer("accumulate=2")
     trainer.world_size, trainer.configuration_manager.configuration["batch_size"] = 2, 3

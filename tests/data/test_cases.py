@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import os
 from pathlib import Path
 
 import blosc2
@@ -54,26 +56,51 @@ def test_a_damaged_file_is_named(image) -> None:
 FAR_OFF = {".npz": 0, ".npy": 5, ".b2nd": 60}
 
 
+class Outcome(enum.IntEnum):
+    """What reading a damaged file came to."""
+
+    SAME, REFUSED, ONE_VOXEL, FAR_OFF, WRONG_WORDS = range(5)
+
+
+def outcome(path: Path, array: np.ndarray) -> Outcome:
+    try:
+        crop = read_crop(path, (0, 0, 0), image_shape(path))
+    except ValueError as error:
+        return Outcome.REFUSED if str(path) in str(error) else Outcome.WRONG_WORDS
+    differing = int((crop != array).sum()) if crop.shape == array.shape else array.size
+    return Outcome.SAME if differing == 0 else Outcome.ONE_VOXEL if differing == 1 else Outcome.FAR_OFF
+
+
+def outcome_in_a_child(path: Path, array: np.ndarray) -> Outcome | None:
+    """None if the process died: older versions of blosc2 (4.3) crash on some damaged files, as a data worker would."""
+    child = os.fork()
+    if child == 0:
+        status = Outcome.WRONG_WORDS
+        try:
+            status = outcome(path, array)
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    return Outcome(os.WEXITSTATUS(status)) if os.WIFEXITED(status) else None
+
+
 def test_flipped_bits_are_noticed_or_change_little(image) -> None:
     path, array = image
     original = path.read_bytes()
     rng = np.random.default_rng(0)
-    refused, far = 0, 0
+    read = outcome_in_a_child if path.suffix == ".b2nd" else outcome
+    outcomes = []
     for _ in range(300):
         data = bytearray(original)
         data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
         path.write_bytes(bytes(data))
-        try:
-            crop = read_crop(path, (0, 0, 0), image_shape(path))
-        except ValueError as error:
-            assert str(path) in str(error)
-            refused += 1
-        else:
-            differing = int((crop != array).sum()) if crop.shape == array.shape else array.size
-            assert differing == 0 or path.suffix != ".npz", "the checksum shows it"
-            far += differing > 1
-    assert refused >= 10
-    assert far <= FAR_OFF[path.suffix]
+        outcomes.append(read(path, array))
+    assert Outcome.WRONG_WORDS not in outcomes
+    assert outcomes.count(Outcome.REFUSED) >= 10
+    assert outcomes.count(Outcome.FAR_OFF) <= FAR_OFF[path.suffix]
+    assert outcomes.count(None) <= 30
+    if path.suffix == ".npz":
+        assert {Outcome.ONE_VOXEL, Outcome.FAR_OFF}.isdisjoint(outcomes), "the checksum shows it"
 
 
 @pytest.mark.parametrize("shape", [(9, 8, 7), (1, 1, 9, 8, 7), ()])

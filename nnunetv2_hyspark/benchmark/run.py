@@ -96,7 +96,7 @@ def make_encoder(request: Request, variant: str, backward: bool) -> Callable[[],
     def run() -> object:
         with torch.set_grad_enabled(backward):
             with autocast(request):
-                layout = model.layout(visible)
+                layout = model.lay_out(visible)
                 features = model.encoder(layout.gather(image), layout)
             if backward:
                 model.zero_grad(set_to_none=True)
@@ -121,7 +121,7 @@ def check_agreement(request: Request) -> dict[str, dict[str, float]]:
         with torch.no_grad(), autocast(request):
             losses[variant] = reconstruction_loss(image, model(image, visible), visible).item()
         with autocast(request):
-            layout = model.layout(visible)
+            layout = model.lay_out(visible)
             features = [layout.scatter(feature) for feature in model.encoder(layout.gather(image), layout)]
         total = torch.stack([feature.float().square().mean() for feature in features]).sum()
         of_encoder = torch.autograd.grad(total, list(model.encoder.parameters()))
@@ -261,7 +261,7 @@ def by_ratio(request: Request, ratios: list[float], device: torch.device) -> dic
     def run_with(mask: torch.Tensor) -> Callable[[], object]:
         def run() -> object:
             with autocast(request):
-                layout = model.layout(mask)
+                layout = model.lay_out(mask)
                 features = model.encoder(layout.gather(image), layout)
             model.zero_grad(set_to_none=True)
             sum(feature.float().square().mean() for feature in features).backward()

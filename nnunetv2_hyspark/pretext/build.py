@@ -28,14 +28,14 @@ def build_hyspark(
     input_channels: int,
     arch_kwargs: Mapping[str, Any],
     config: HySparKConfig,
-    layout: Callable[[torch.Tensor], SparseLayout] = BlockLayout,
+    layout: Callable[[torch.Tensor, str], SparseLayout] = BlockLayout,
 ) -> HySparK:
     """The encoder of a segmentation network, with a reconstruction decoder.
 
     Args:
         input_channels: image channels.
         arch_kwargs: of :class:`nnunetv2_hyspark.networks.segmentation.HySparKUNet`.
-        config: decoder width, fusion and norm.
+        config: decoder width, fusion and norm, and what stands for hidden voxels.
         layout: how masked input is computed.
 
     Raises:
@@ -63,4 +63,4 @@ def build_hyspark(
         config.fuse_finest,
         config.decoder_norm,
     )
-    return HySparK(encoder, decoder, layout)
+    return HySparK(encoder, decoder, layout, config.hidden_neighbours)

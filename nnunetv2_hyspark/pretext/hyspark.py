@@ -27,6 +27,12 @@ class HySparKConfig:
         metadata={"range": (0.0, 1.0), "help": "lowest mask ratio in training: every crop has one of its own, uniform "
                   "from here to mask_ratio; 0: mask_ratio for all"},
     )
+    hidden_neighbours: str = field(
+        default="zero",
+        metadata={"choices": ("zero", "mean"), "help": "what stands for hidden voxels in the encoder's convolutions: "
+                  "zero, as in the paper, or the mean of the visible ones, which keeps features closer to those of a "
+                  "whole image"},
+    )
     decoder_width: int = field(
         default=0,
         metadata={"range": (0, 4096), "help": "channels of the reconstruction decoder at the junction, halved per "
@@ -180,7 +186,9 @@ class HySparK(nn.Module):
     Args:
         encoder: hybrid encoder; runs on visible blocks only.
         reconstruction: decoder with mask tokens and projections.
-        layout: how masked input is computed: :class:`BlockLayout`, or :class:`DenseMaskLayout` for reference.
+        layout: how masked input is computed: :class:`BlockLayout`, or :class:`DenseMaskLayout` for reference; called
+            with the mask and ``hidden_neighbours``.
+        hidden_neighbours: what convolutions take for hidden voxels, ``"zero"`` or ``"mean"``.
 
     Attributes:
         hyspark_load_pretrained: who loads ``-pretrained_weights`` in place of nnU-Net, given the file's name; a trainer
@@ -193,12 +201,14 @@ class HySparK(nn.Module):
         self,
         encoder: HybridEncoder,
         reconstruction: ReconstructionDecoder,
-        layout: Callable[[torch.Tensor], SparseLayout] = BlockLayout,
+        layout: Callable[[torch.Tensor, str], SparseLayout] = BlockLayout,
+        hidden_neighbours: str = "zero",
     ):
         super().__init__()
         self.encoder = encoder
         self.reconstruction = reconstruction
         self.layout = layout
+        self.hidden_neighbours = hidden_neighbours
         self.kernels = list(zip(block_shapes(encoder.strides), encoder.cnn.kernel_sizes))
 
     def draw_mask(
@@ -208,8 +218,9 @@ class HySparK(nn.Module):
         return random_visible(batch_size, self.encoder.grid(image_size), mask_ratio, generator)
 
     @torch.compiler.disable
-    def _lay_out(self, visible: torch.Tensor) -> SparseLayout:
-        layout = self.layout(visible)
+    def lay_out(self, visible: torch.Tensor) -> SparseLayout:
+        """The layout of a mask ``(B, g0, g1, g2)``, with whatever depends on the mask alone made."""
+        layout = self.layout(visible, self.hidden_neighbours)
         layout.prepare(self.kernels)
         return layout
 
@@ -223,5 +234,5 @@ class HySparK(nn.Module):
         Returns:
             ``(B, C, D, H, W)``, in units of each cell's standard deviation around its mean.
         """
-        layout = self._lay_out(visible)
+        layout = self.lay_out(visible)
         return self.reconstruction(self.encoder(layout.gather(image), layout), layout)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..geometry import Size3, as_size3, divide, multiply
 from ..masking import upsample_mask
-from .layout import check_visible
+from .layout import check_hidden, check_visible
 
 
 class DenseMaskLayout:
@@ -19,9 +19,11 @@ class DenseMaskLayout:
     dense cost. What masked voxels hold between operations is undefined; :meth:`scatter` cleans them.
     """
 
-    def __init__(self, visible: torch.Tensor):
+    def __init__(self, visible: torch.Tensor, hidden: str = "zero"):
         check_visible(visible)
+        check_hidden(hidden)
         self.visible = visible
+        self.fills_with_mean = hidden == "mean"
         self.grid: Size3 = as_size3(visible.shape[1:])
         self._masks: dict[Size3, torch.Tensor] = {}
 
@@ -55,7 +57,12 @@ class DenseMaskLayout:
     ) -> torch.Tensor:
         """Same-padded dense convolution of the masked input, masked again."""
         padding = [k // 2 for k in weight.shape[2:]]
-        out = F.conv3d(x * self._mask_of(x), weight, bias, stride=stride, padding=padding, groups=groups)
+        mask = self._mask_of(x)
+        masked = x * mask
+        if self.fills_with_mean:
+            seen = masked.detach().sum((2, 3, 4), keepdim=True) / mask.sum((2, 3, 4), keepdim=True)
+            masked = torch.where(mask, masked, seen)
+        out = F.conv3d(masked, weight, bias, stride=stride, padding=padding, groups=groups)
         return out * self._mask_of(out)
 
     def densified_conv3d(

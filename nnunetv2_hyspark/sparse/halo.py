@@ -1,7 +1,8 @@
 """Index tables that attach a halo of neighbouring voxels to every visible block.
 
 A block feature map ``(n, C, s0, s1, s2)`` in channels-last memory is a table of ``n * s0 * s1 * s2`` rows of C numbers.
-A halo is one gather from that table. Where the neighbour is masked or outside the volume, the row is zero.
+A halo is one gather from that table. Where the neighbour is outside the volume, the row is zero; where it is masked, it
+is zero or a value that stands in for it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ class HaloTable:
     Attributes:
         source: int64 ``(n * p0 * p1 * p2,)``, row of the block table for every voxel of the padded blocks,
             ``p = s + 2 * radius``; 0 where there is no source.
-        empty: int64 ``(m,)``, the padded rows that have no source and must be zero.
+        empty: int64 ``(m,)``, the padded rows that have no source.
         padded: edge lengths ``(p0, p1, p2)``.
+        hidden: int64 ``(h,)``, those of them that are masked voxels, not voxels outside the volume; None if not asked
+            for.
+        sample: int64 ``(h,)``, the sample that each of these belongs to; None if not asked for.
     """
 
     source: torch.Tensor
     empty: torch.Tensor
     padded: Size3
+    hidden: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
 
 def neighbour_blocks(cells: torch.Tensor, batch_size: int, grid: Size3, reach: Size3) -> torch.Tensor:
@@ -54,10 +60,12 @@ def neighbour_blocks(cells: torch.Tensor, batch_size: int, grid: Size3, reach: S
     ]
 
 
-def halo_table(cells: torch.Tensor, batch_size: int, grid: Size3, block: Size3, radius: Size3) -> HaloTable:
+def halo_table(
+    cells: torch.Tensor, batch_size: int, grid: Size3, block: Size3, radius: Size3, with_hidden: bool = False
+) -> HaloTable:
     """Builds the gather table for blocks of shape ``block`` and a halo of ``radius`` voxels per side.
 
-    Works for any radius, also one that is larger than a block.
+    Works for any radius, also one that is larger than a block. ``with_hidden`` lists the masked voxels apart.
     """
     device = cells.device
     reach = tuple(-(-r // s) for r, s in zip(radius, block))
@@ -73,15 +81,26 @@ def halo_table(cells: torch.Tensor, batch_size: int, grid: Size3, block: Size3, 
     missing = source_block < 0
     rows = rows.masked_fill(missing, 0).flatten()
     padded = (block[0] + 2 * radius[0], block[1] + 2 * radius[1], block[2] + 2 * radius[2])
-    return HaloTable(rows, missing.flatten().nonzero().squeeze(1), padded)
+    empty = missing.flatten().nonzero().squeeze(1)
+    if not with_hidden:
+        return HaloTable(rows, empty, padded)
+    inside = []
+    for axis, edge in enumerate(grid):
+        cell = cells[:, axis + 1, None] + (cell_offset[axis] - reach[axis])[None]
+        inside.append((cell >= 0) & (cell < edge))
+    in_volume = inside[0][:, :, None, None] & inside[1][:, None, :, None] & inside[2][:, None, None, :]
+    hidden = (missing & in_volume).flatten().nonzero().squeeze(1)
+    sample = cells[torch.div(hidden, padded[0] * padded[1] * padded[2], rounding_mode="floor"), 0]
+    return HaloTable(rows, empty, padded, hidden, sample)
 
 
-def attach_halo(blocks: torch.Tensor, table: HaloTable) -> torch.Tensor:
+def attach_halo(blocks: torch.Tensor, table: HaloTable, fill: torch.Tensor | None = None) -> torch.Tensor:
     """Returns blocks with their halo.
 
     Args:
         blocks: ``(n, C, s0, s1, s2)``, best in ``torch.channels_last_3d`` memory (then no copy is made first).
-        table: made for this block shape.
+        table: made for this block shape; with its hidden rows where there is a fill.
+        fill: ``(B, C)``, what stands for masked voxels, per sample; None for zero.
 
     Returns:
         ``(n, C, p0, p1, p2)`` in channels-last memory.
@@ -89,4 +108,6 @@ def attach_halo(blocks: torch.Tensor, table: HaloTable) -> torch.Tensor:
     n, channels = blocks.shape[:2]
     rows = blocks.permute(0, 2, 3, 4, 1).reshape(-1, channels)
     padded = rows.index_select(0, table.source).index_fill_(0, table.empty, 0)
+    if fill is not None and table.hidden is not None and table.sample is not None:
+        padded.index_copy_(0, table.hidden, fill.to(rows.dtype).index_select(0, table.sample))
     return padded.view(n, *table.padded, channels).permute(0, 4, 1, 2, 3)

@@ -52,7 +52,7 @@ def representation_health(
         image: ``(B, C, D, H, W)``.
         visible: boolean ``(B, g0, g1, g2)``.
     """
-    layout = network.layout(visible)
+    layout = network.lay_out(visible)
     features = network.encoder(layout.gather(image), layout)
     tokens, _, padding = layout.to_tokens(features[-1])
     rows = tokens.flatten(0, 1) if padding is None else tokens[~padding]

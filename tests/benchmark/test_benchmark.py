@@ -51,7 +51,7 @@ def test_blocks_cost_about_the_visible_share():
     gmac = {}
     for variant in ("blocks", "dense"):
         model, image, visible = build(TINY, variant)
-        layout = model.layout(visible)
+        layout = model.lay_out(visible)
         gmac[variant] = forward_gmac(lambda m=model, i=image, la=layout: m.encoder(la.gather(i), la))
     assert 0.2 < gmac["blocks"] / gmac["dense"] < 0.3
 

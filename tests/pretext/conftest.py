@@ -14,14 +14,14 @@ STRIDES = {
 
 
 def _make_model(
-    topology="isotropic", channels=1, depth=2, fuse_finest=True, norm="instance", layout=BlockLayout
+    topology="isotropic", channels=1, depth=2, fuse_finest=True, norm="instance", layout=BlockLayout, hidden="zero"
 ) -> HySparK:
     torch.manual_seed(0)
     strides = STRIDES[topology]
     kernels = [(1, 3, 3) if topology == "anisotropic" else (3, 3, 3), (3, 3, 3), (3, 3, 3)]
     encoder = build_encoder(channels, [4, 6, 12], strides, kernels, [1, 2, 1], [2, 3, 2], depth, 2, 2.0)
     reconstruction = ReconstructionDecoder(channels, encoder.feature_channels, strides, kernels, 8, fuse_finest, norm)
-    return HySparK(encoder, reconstruction, layout).double()
+    return HySparK(encoder, reconstruction, layout, hidden).double()
 
 
 @pytest.fixture(scope="session")

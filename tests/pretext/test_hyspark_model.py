@@ -7,6 +7,7 @@ from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
 
 TOPOLOGIES = ["isotropic", "anisotropic"]
+HIDDEN = ["zero", "mean"]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,19 +30,20 @@ def before_norm(name: str, model) -> bool:
     return isinstance(following, (torch.nn.InstanceNorm3d, torch.nn.BatchNorm3d))
 
 
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("filler", ["noise", 1e30, float("inf"), float("nan")])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_masked_voxels_change_nothing(make_model, batch, topology, norm, filler):
+def test_masked_voxels_change_nothing(make_model, batch, topology, norm, filler, hidden):
     """Features, reconstruction and every gradient stay bit-equal, whatever masked voxels hold."""
-    model = make_model(topology, 2, norm=norm)
+    model = make_model(topology, 2, norm=norm, hidden=hidden)
     image, visible = batch(model, channels=2)
     mask = upsample_mask(visible, model.encoder.junction_stride)
     replacement = noise(*image.shape, seed=9) if filler == "noise" else torch.full_like(image, filler)
     results = []
     for seen in (image, torch.where(mask, image, replacement)):
         seen = seen.clone().requires_grad_()
-        layout = BlockLayout(visible)
+        layout = model.lay_out(visible)
         features = model.encoder(layout.gather(seen), layout)
         reconstruction = model(seen, visible)
         loss = reconstruction_loss(image, reconstruction, visible)
@@ -66,12 +68,13 @@ def test_visible_voxels_do_matter(make_model, batch, topology, fuse_finest):
     assert torch.equal(gradient != 0, upsample_mask(visible, model.encoder.junction_stride))
 
 
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("batch_size", [3, 5])
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_batch_equals_one_by_one(make_model, batch, topology, depth, batch_size):
+def test_batch_equals_one_by_one(make_model, batch, topology, depth, batch_size, hidden):
     """With instance norm a batch is its samples: reconstruction, and gradients of the sum of their losses."""
-    model = make_model(topology, depth=depth)
+    model = make_model(topology, depth=depth, hidden=hidden)
     image, visible = batch(model, batch_size)
     assert len(set(visible.flatten(1).sum(1).tolist())) > 1
     together = model(image, visible)
@@ -95,12 +98,13 @@ def test_order_of_the_batch_does_not_matter(make_model, batch):
     torch.testing.assert_close(model(image, visible)[order], model(image[order], visible[order]), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("fuse_finest", [True, False])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_blocks_equal_the_masked_reference(make_model, batch, topology, fuse_finest, norm):
+def test_blocks_equal_the_masked_reference(make_model, batch, topology, fuse_finest, norm, hidden):
     ours, reference = (
-        make_model(topology, 2, fuse_finest=fuse_finest, norm=norm, layout=kind)
+        make_model(topology, 2, fuse_finest=fuse_finest, norm=norm, layout=kind, hidden=hidden)
         for kind in (BlockLayout, DenseMaskLayout)
     )
     image, visible = batch(ours, channels=2)

@@ -1,4 +1,4 @@
-"""Convolution on blocks equals ``conv3d(x * mask) * mask``: values, gradients, gradcheck."""
+"""Convolution on blocks equals ``conv3d(where(mask, x, fill)) * mask``: values, gradients, gradcheck."""
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,16 +10,34 @@ from nnunetv2_hyspark.masking import upsample_mask
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
 from nnunetv2_hyspark.sparse.convolution import adjoint_weight, submanifold_conv3d
 from nnunetv2_hyspark.sparse.halo import attach_halo, halo_table, neighbour_blocks
+from nnunetv2_hyspark.sparse.normalization import visible_mean
 
 GRIDS = [(1, 2, 3), (3, 3, 3), (2, 5, 1), (1, 1, 1)]
 BLOCKS = [(1, 1, 1), (2, 2, 2), (4, 4, 4), (1, 4, 4), (2, 4, 1), (3, 2, 5)]
 KERNELS = [(1, 1, 1), (3, 3, 3), (5, 5, 5), (7, 7, 7), (1, 3, 3), (3, 1, 5), (1, 1, 7)]
 CHANNELS = [(1, 1, 1), (1, 3, 1), (3, 2, 1), (4, 4, 4), (4, 8, 4), (4, 6, 2), (6, 3, 3)]  # in, out, groups
 
+HIDDEN = ["zero", "mean"]
+
 ONE_LAYOUT = {"batch_size": 2, "grid": (2, 3, 2), "block": (2, 4, 2), "ratio": 0.6, "seed": 3}
 
 
-def compare(case, kernel, channels, stride, bias, bernoulli_mask, values, assert_close, dtype=torch.float64):
+def fill_in(dense, mask, hidden):
+    """The map that the convolution is meant to see: masked voxels are zero, or the mean of their sample's visible
+    ones, a constant."""
+    if hidden == "zero":
+        return dense * mask
+    filled = torch.empty_like(dense)
+    for b, sample in enumerate(dense):
+        for c, channel in enumerate(sample):
+            mean = channel.detach()[mask[b, 0]].mean()
+            filled[b, c] = torch.where(mask[b, 0], channel, mean)
+    return filled
+
+
+def compare(
+    case, kernel, channels, stride, bias, bernoulli_mask, values, assert_close, dtype=torch.float64, hidden="zero"
+):
     """Both layouts and plain torch: forward, and gradients of input, weight and bias."""
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     (inputs, outputs, groups), grid, block = channels, case["grid"], case["block"]
@@ -30,12 +48,12 @@ def compare(case, kernel, channels, stride, bias, bernoulli_mask, values, assert
     small = tuple(s // t for s, t in zip(block, stride))
     mask_in, mask_out = upsample_mask(visible, block), upsample_mask(visible, small)
     padding = tuple(k // 2 for k in kernel)
-    expected = F.conv3d(dense * mask_in, weight, offset, stride, padding, groups=groups) * mask_out
+    expected = F.conv3d(fill_in(dense, mask_in, hidden), weight, offset, stride, padding, groups=groups) * mask_out
     leaves = [leaf for leaf in (dense, weight, offset) if leaf is not None]
     cotangent = values(*expected.shape, seed=4, dtype=dtype)
     wanted = torch.autograd.grad((expected * cotangent).sum(), leaves)
     for kind in (BlockLayout, DenseMaskLayout):
-        layout = kind(visible)
+        layout = kind(visible, hidden)
         out = layout.scatter(layout.conv3d(layout.gather(dense), weight, offset, stride, groups))
         assert_close(out, expected, tolerance)
         for ours, theirs in zip(torch.autograd.grad((out * cotangent).sum(), leaves), wanted):
@@ -56,14 +74,15 @@ def test_blocks_equal_dense_then_mask(data, bernoulli_mask, values, assert_close
     stride = tuple(data.draw(st.sampled_from([t for t in (1, 2) if s % t == 0])) for s in case["block"])
     compare(
         case, data.draw(st.sampled_from(KERNELS)), data.draw(st.sampled_from(CHANNELS)), stride,
-        data.draw(st.booleans()), bernoulli_mask, values, assert_close,
+        data.draw(st.booleans()), bernoulli_mask, values, assert_close, hidden=data.draw(st.sampled_from(HIDDEN)),
     )
 
 
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_and_stride(kernel, stride, bernoulli_mask, values, assert_close):
-    compare(ONE_LAYOUT, kernel, (4, 6, 2), stride, True, bernoulli_mask, values, assert_close)
+def test_every_kernel_and_stride(kernel, stride, hidden, bernoulli_mask, values, assert_close):
+    compare(ONE_LAYOUT, kernel, (4, 6, 2), stride, True, bernoulli_mask, values, assert_close, hidden=hidden)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -72,10 +91,12 @@ def test_every_grouping(channels, bias, bernoulli_mask, values, assert_close):
     compare(ONE_LAYOUT, (3, 3, 3), channels, (1, 1, 1), bias, bernoulli_mask, values, assert_close)
 
 
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("channels", [(3, 2, 1), (4, 4, 4)])
-def test_float32(channels, bernoulli_mask, values, assert_close):
+def test_float32(channels, hidden, bernoulli_mask, values, assert_close):
     compare(
-        ONE_LAYOUT, (3, 3, 3), channels, (1, 1, 1), True, bernoulli_mask, values, assert_close, dtype=torch.float32
+        ONE_LAYOUT, (3, 3, 3), channels, (1, 1, 1), True, bernoulli_mask, values, assert_close, dtype=torch.float32,
+        hidden=hidden,
     )
 
 
@@ -171,6 +192,41 @@ def test_neighbour_blocks(bernoulli_mask):
                 assert table[n, di + 1, 0, dk + 2] == index.get((b, i + di, j, k + dk), -1)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("radius", [(1, 1, 1), (0, 1, 2), (3, 0, 3)])
+def test_halo_tells_masked_voxels_from_those_outside(grid, radius, bernoulli_mask, values):
+    block, visible, fill = (2, 4, 1), bernoulli_mask(2, grid, 0.4, 5), values(2, 3, seed=1)
+    layout = BlockLayout(visible, "mean")
+    dense = values(2, 3, *multiply(grid, block))
+    filled = torch.where(upsample_mask(visible, block), dense, fill[:, :, None, None, None])
+    padded = F.pad(filled, [r for edge in reversed(radius) for r in (edge, edge)])
+    table = layout.halo(block, radius)
+    halos = attach_halo(layout.gather(dense), table, fill)
+    for halo, (b, *cell) in zip(halos, layout.cells.tolist()):
+        first = [c * s for c, s in zip(cell, block)]
+        window = padded[(b, slice(None), *(slice(f, f + p) for f, p in zip(first, table.padded)))]
+        assert torch.equal(halo, window)
+
+
+@pytest.mark.parametrize("layout", [BlockLayout, DenseMaskLayout])
+def test_unknown_fill_is_refused(layout):
+    with pytest.raises(ValueError, match="hidden is 'nearest'; expected 'zero' or 'mean'"):
+        layout(torch.ones(1, 2, 2, 2, dtype=torch.bool), "nearest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_visible_mean(dtype, bernoulli_mask, values):
+    """Over all visible voxels of a sample, in float32 at least; a large offset does not drown in half precision."""
+    visible = bernoulli_mask(3, (2, 3, 2), 0.5, 4)
+    layout = BlockLayout(visible)
+    blocks = (layout.gather(values(3, 5, 4, 12, 8)) + 100).to(dtype)
+    means = visible_mean(blocks, layout.sample, 3)
+    assert means.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for b in range(3):
+        expected = blocks[layout.sample == b].double().mean((0, 2, 3, 4))
+        torch.testing.assert_close(means[b].double(), expected, rtol=1e-6, atol=0)
+
+
 def test_halo_ignores_non_finite_neighbours():
     """Empty halo voxels are written, not multiplied by zero: NaN in the first block does not leak through them."""
     visible = torch.tensor([True, False, True]).view(1, 1, 1, 3)
@@ -182,11 +238,12 @@ def test_halo_ignores_non_finite_neighbours():
     assert (out[1] == 8).all()
 
 
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (3, 3, 3)])
-def test_autocast(kernel, stride, bernoulli_mask, values):
+def test_autocast(kernel, stride, hidden, bernoulli_mask, values):
     """Computes in bfloat16; gradients arrive in the parameters' own type."""
-    layout = BlockLayout(bernoulli_mask(2, (2, 2, 2), 0.5, 1))
+    layout = BlockLayout(bernoulli_mask(2, (2, 2, 2), 0.5, 1), hidden)
     blocks = layout.gather(values(2, 3, 4, 4, 4, dtype=torch.float32)).requires_grad_()
     weight = values(4, 3, *kernel, seed=1, dtype=torch.float32).requires_grad_()
     bias = values(4, seed=2, dtype=torch.float32).requires_grad_()

@@ -57,9 +57,7 @@ def check(options: argparse.Namespace) -> int | str:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains and validates in this process; see :func:`parser`."""
-    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
-
+    """Trains and validates in this process, as one of those that torchrun started; see :func:`parser`."""
     fold = check(options)
     device = process_device(torch.device(options.device))
     if device.type == "cuda":
@@ -73,25 +71,31 @@ def train(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and not options.val
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with process_group(device, timedelta(minutes=TIMEOUT_MINUTES)) if launched else nullcontext():
-        trainer = get_trainer_from_args(
-            options.dataset_name_or_id, options.configuration, fold, options.tr, options.p, options.c or restarted,
-            device,
-        )
-        trainer.disable_checkpointing = options.disable_checkpointing
-        # processes that torchrun started again go on where they were, if they had come to write a checkpoint
-        goes_on = options.c or restarted and bool(checkpoints_in(trainer.output_folder))
-        weights = options.pretrained_weights if options.c or not goes_on else None
-        maybe_load_checkpoint(trainer, goes_on, options.val, weights)
-        if not options.val:
-            trainer.run_training()
-        if options.val_best:
-            trainer.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_best.pth"))
-        trainer.perform_actual_validation(options.npz)
+        train_and_validate(options, fold, device)
         if dist.is_initialized():
             dist.barrier()
+
+
+def train_and_validate(options: argparse.Namespace, fold: int | str, device: torch.device) -> None:
+    """What nnUNetv2_train does with these arguments in one process, on this device."""
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and not options.val
+    trainer = get_trainer_from_args(
+        options.dataset_name_or_id, options.configuration, fold, options.tr, options.p, options.c or restarted, device
+    )
+    trainer.disable_checkpointing = options.disable_checkpointing
+    # processes that torchrun started again go on where they were, if they had come to write a checkpoint
+    goes_on = options.c or restarted and bool(checkpoints_in(trainer.output_folder))
+    weights = options.pretrained_weights if options.c or not goes_on else None
+    maybe_load_checkpoint(trainer, goes_on, options.val, weights)
+    if not options.val:
+        trainer.run_training()
+    if options.val_best:
+        trainer.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_best.pth"))
+    trainer.perform_actual_validation(options.npz)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

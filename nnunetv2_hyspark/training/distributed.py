@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ def process_device(asked: torch.device) -> torch.device:
 def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
     """Joins the processes that torchrun started: NCCL for GPUs, gloo for CPUs.
 
-    An error leaves without waiting for the others: torchrun ends them.
+    An error leaves without waiting for the others: torchrun ends them. Networks that were distributed must be out of
+    scope when the context ends.
 
     Args:
         device: of this process.
@@ -51,6 +53,9 @@ def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
         "nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=size, timeout=timeout
     )
     yield
+    # what holds the group has to go first: gloo's threads may still have tensors to give back, and a thread that asks for
+    # the interpreter while it is being shut down ends the process with SIGABRT
+    gc.collect()
     dist.destroy_process_group()
 
 

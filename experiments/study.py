@@ -1,22 +1,25 @@
 """Runs a study: pre-trainings, then trainings of every arm on every subset with every seed, by public commands alone.
 
-    python experiments/study.py experiments/studies/hippocampus_cpu.json --work FOLDER [--minutes 8]
+    python experiments/study.py experiments/studies/hippocampus_cpu.json --work FOLDER [--minutes 8] [--arms scratch]
 
 The study's file says what is trained; see experiments/README.md. Every training is a piece: a finished one is never
 repeated, an interrupted one goes on, and ``--minutes`` stops before a new piece is begun, so that a study can be run
-in several goes. Results are added to experiments/results/NAME.json as they come. ``nnUNet_raw`` and
+in several goes; ``--arms`` leaves the other arms to another process beside this one. Results are added to experiments/results/NAME.json as they come. ``nnUNet_raw`` and
 ``nnUNet_preprocessed`` as always; FOLDER takes the results and the logs.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -79,32 +82,41 @@ class Runner:
 
     Args:
         study: what to run.
-        work: folder of results and logs.
         minutes: no piece is begun after so many.
+        arms: which of the study's arms.
     """
 
-    def __init__(self, study: Study, work: Path, minutes: float):
-        self.study, self.work = study, work
+    def __init__(self, study: Study, work: Path, minutes: float, arms: list[str]):
+        self.study, self.work, self.arms = study, work, arms
         self.until = time.monotonic() + 60 * minutes
         self.file = HERE / "results" / f"{study.name}.json"
-        self.results: dict[str, Any] = {"study": study.__dict__, "pretraining": {}, "pieces": []}
+
+    def read(self) -> dict[str, Any]:
+        """What is known so far, of this process and of others."""
+        results: dict[str, Any] = {"study": {}, "pretraining": {}, "pieces": []}
         if self.file.exists():
-            self.results.update(json.loads(self.file.read_text(encoding="utf-8")), study=study.__dict__)
+            results.update(json.loads(self.file.read_text(encoding="utf-8")))
+        return {**results, "study": self.study.__dict__}
 
     def is_over(self) -> bool:
         """Whether the time is up."""
         return time.monotonic() > self.until
 
-    def save(self) -> None:
-        """Writes the results; a reader never sees half a file."""
-        self.results["machine"] = {
-            "processors": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "nnunetv2", "nnunetv2-hyspark")},
-        }
+    @contextmanager
+    def changed(self) -> Iterator[dict[str, Any]]:
+        """The results, to be added to: one process at a time, and a reader never sees half a file."""
         self.file.parent.mkdir(exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
-        partial.replace(self.file)
+        with self.file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            results = self.read()
+            yield results
+            results["machine"] = {
+                "processors": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "nnunetv2", "nnunetv2-hyspark")},
+            }
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            partial.replace(self.file)
 
     def command(self, log: Path, *command: str, settings: dict[str, Any] | None = None, **environment: str) -> None:
         """Runs a command with its output in a log.
@@ -172,19 +184,19 @@ class Runner:
         )
         if folder is None:
             return None
-        if name not in self.results["pretraining"]:
+        if name not in self.read()["pretraining"]:
             summary = json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))
-            self.results["pretraining"][name] = {
-                "settings": self.study.pretraining[name],
-                "seconds": training_seconds(folder),
-                "summary": summary["mean"],
-            }
-            self.save()
+            with self.changed() as results:
+                results["pretraining"][name] = {
+                    "settings": self.study.pretraining[name],
+                    "seconds": training_seconds(folder),
+                    "summary": summary["mean"],
+                }
         return folder / "checkpoint_final.pth"
 
     def piece(self, arm: str, fold: int, seed: int) -> bool:
         """One training of an arm; False if the time is up."""
-        if any((p["arm"], p["fold"], p["seed"]) == (arm, fold, seed) for p in self.results["pieces"]):
+        if any((p["arm"], p["fold"], p["seed"]) == (arm, fold, seed) for p in self.read()["pieces"]):
             return True
         options = self.study.arms[arm]
         more = ["-tr", options["trainer"], "-p", options.get("plans", PLANS)]
@@ -202,11 +214,11 @@ class Runner:
         if folder is None:
             return False
         cases = json.loads((self.preprocessed(self.study.labelled) / "splits_final.json").read_text(encoding="utf-8"))
-        self.results["pieces"].append({
-            "arm": arm, "fold": fold, "seed": seed, "labelled_cases": len(cases[fold]["train"]),
-            **score_validation(folder),
-        })
-        self.save()
+        scores = score_validation(folder)
+        with self.changed() as results:
+            results["pieces"].append(
+                {"arm": arm, "fold": fold, "seed": seed, "labelled_cases": len(cases[fold]["train"]), **scores}
+            )
         return True
 
     def run(self) -> bool:
@@ -216,7 +228,7 @@ class Runner:
             self.piece(arm, fold, seed)
             for seed in self.study.seeds
             for fold in self.study.folds
-            for arm in self.study.arms
+            for arm in self.arms
         )
 
 
@@ -226,9 +238,13 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--arms", nargs="+", help="default: all")
     arguments = parser.parse_args()
     study = Study(**json.loads(arguments.study.read_text(encoding="utf-8")))
-    finished = Runner(study, arguments.work.resolve(), arguments.minutes).run()
+    arms = arguments.arms or list(study.arms)
+    if unknown := [arm for arm in arms if arm not in study.arms]:
+        parser.error(f"--arms names {', '.join(unknown)}; the study has {', '.join(study.arms)}.")
+    finished = Runner(study, arguments.work.resolve(), arguments.minutes, arms).run()
     print(f"{study.name}: " + ("finished" if finished else "to be gone on with, by the same command"))
 
 

@@ -29,9 +29,9 @@ class HySparKConfig:
     )
     hidden_neighbours: str = field(
         default="zero",
-        metadata={"choices": ("zero", "mean"), "help": "what stands for hidden voxels in the encoder's convolutions: "
-                  "zero, as in the paper, or the mean of the visible ones, which keeps features closer to those of a "
-                  "whole image"},
+        metadata={"choices": ("zero", "nearest"), "help": "what stands for hidden voxels in the encoder's "
+                  "convolutions: zero, as in the paper, or the nearest voxel of the visible cell, which keeps features "
+                  "closer to those of a whole image"},
     )
     decoder_width: int = field(
         default=0,
@@ -188,7 +188,7 @@ class HySparK(nn.Module):
         reconstruction: decoder with mask tokens and projections.
         layout: how masked input is computed: :class:`BlockLayout`, or :class:`DenseMaskLayout` for reference; called
             with the mask and ``hidden_neighbours``.
-        hidden_neighbours: what convolutions take for hidden voxels, ``"zero"`` or ``"mean"``.
+        hidden_neighbours: what convolutions take for hidden voxels, ``"zero"`` or ``"nearest"``.
 
     Attributes:
         hyspark_load_pretrained: who loads ``-pretrained_weights`` in place of nnU-Net, given the file's name; a trainer

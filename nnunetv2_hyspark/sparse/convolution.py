@@ -1,6 +1,7 @@
 """Submanifold convolution on blocks: ``conv(x * mask) * mask`` for the cost of the visible voxels.
 
-Masked voxels may also be given a constant per sample and channel instead of zero; it takes no gradient.
+Masked voxels in the halo of a block may also be the nearest voxel of that block instead of zero, as a constant that
+takes no gradient.
 
 The operation is its own kind of adjoint: the gradient of the input is again a submanifold convolution, with the kernel
 flipped and its channel axes swapped. So the backward pass gathers a halo of the output gradient instead of scattering,
@@ -27,29 +28,30 @@ class _SubmanifoldConv3d(torch.autograd.Function):
     """Stride-1 convolution with odd kernel on blocks; see :func:`submanifold_conv3d`."""
 
     @staticmethod
-    def forward(ctx, blocks, weight, bias, source, empty, padded, groups, fill, hidden, sample):
-        table = HaloTable(source, empty, padded, hidden, sample)
-        ctx.save_for_backward(blocks, weight, source, empty, fill, hidden, sample)
+    def forward(ctx, blocks, weight, bias, source, empty, missing, padded, groups):
+        table = HaloTable(source, empty, missing, padded)
+        ctx.save_for_backward(blocks, weight, source, empty, missing)
         ctx.padded, ctx.groups, ctx.has_bias = padded, groups, bias is not None
-        return F.conv3d(attach_halo(blocks, table, fill), weight, bias, groups=groups)
+        return F.conv3d(attach_halo(blocks, table), weight, bias, groups=groups)
 
     @staticmethod
     def backward(ctx, grad_output):
-        blocks, weight, source, empty, fill, hidden, sample = ctx.saved_tensors
-        table = HaloTable(source, empty, ctx.padded, hidden, sample)
+        blocks, weight, source, empty, missing = ctx.saved_tensors
+        table = HaloTable(source, empty, missing, ctx.padded)
         grad_blocks = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_blocks = F.conv3d(
-                attach_halo(grad_output, table), adjoint_weight(weight, ctx.groups), groups=ctx.groups
+                attach_halo(grad_output, table, visible_only=True), adjoint_weight(weight, ctx.groups),
+                groups=ctx.groups,
             )
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             bias_sizes = [weight.shape[0]] if ctx.has_bias else None
             _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad_output, attach_halo(blocks, table, fill), weight, bias_sizes,
+                grad_output, attach_halo(blocks, table), weight, bias_sizes,
                 [1, 1, 1], [0, 0, 0], [1, 1, 1], False, [0, 0, 0], ctx.groups,
                 [False, True, ctx.has_bias],
             )
-        return grad_blocks, grad_weight, grad_bias, None, None, None, None, None, None, None
+        return grad_blocks, grad_weight, grad_bias, None, None, None, None, None
 
 
 def submanifold_conv3d(
@@ -59,11 +61,11 @@ def submanifold_conv3d(
     table: HaloTable | None,
     groups: int = 1,
     stride: tuple[int, int, int] = (1, 1, 1),
-    fill: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Same-padded convolution of a sparse feature map, evaluated at visible voxels only.
 
-    Equal to ``conv3d(where(mask, x, fill), padding=k // 2) * mask`` on the dense map, in values and gradients.
+    With a table that leaves masked voxels zero, equal to ``conv3d(x * mask, padding=k // 2) * mask`` on the dense map,
+    in values and gradients.
 
     Args:
         blocks: ``(n, I, s0, s1, s2)``.
@@ -72,7 +74,6 @@ def submanifold_conv3d(
         table: halo table of radius ``k // 2``; None for a 1x1x1 kernel.
         groups: as in ``torch.nn.functional.conv3d``.
         stride: must divide the block's edges.
-        fill: ``(B, I)``, what stands for masked voxels; a constant, without gradient; None for zero.
 
     Returns:
         ``(n, O, s0 / stride0, s1 / stride1, s2 / stride2)``.
@@ -85,8 +86,16 @@ def submanifold_conv3d(
     if table is None:
         return F.conv3d(blocks, weight, bias, stride=stride, groups=groups)
     if stride != (1, 1, 1):
-        return F.conv3d(attach_halo(blocks, table, fill), weight, bias, stride=stride, groups=groups)
+        return F.conv3d(_attach_differentiably(blocks, table), weight, bias, stride=stride, groups=groups)
     with torch.autocast(device_type, enabled=False):
         return _SubmanifoldConv3d.apply(
-            blocks, weight, bias, table.source, table.empty, table.padded, groups, fill, table.hidden, table.sample
+            blocks, weight, bias, table.source, table.empty, table.missing, table.padded, groups
         )
+
+
+def _attach_differentiably(blocks: torch.Tensor, table: HaloTable) -> torch.Tensor:
+    """Blocks with their halo, where only visible voxels pass a gradient on."""
+    visible = attach_halo(blocks, table, visible_only=True)
+    if len(table.missing) == len(table.empty):
+        return visible
+    return visible + (attach_halo(blocks.detach(), table) - visible.detach())

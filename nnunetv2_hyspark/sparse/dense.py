@@ -12,6 +12,14 @@ from ..masking import upsample_mask
 from .layout import check_hidden, check_visible
 
 
+def _windows(x: torch.Tensor, cell: Size3, reach: Size3) -> torch.Tensor:
+    """Every cell with ``reach`` voxels around it, zero outside the volume: ``(B * cells, C, c + 2 * reach, ...)``."""
+    padded = F.pad(x, [edge for edge in reversed(reach) for _ in (0, 1)])
+    for axis in range(3):
+        padded = padded.unfold(axis + 2, cell[axis] + 2 * reach[axis], cell[axis])
+    return padded.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(0, 3)
+
+
 class DenseMaskLayout:
     """Computes on whole dense maps ``(B, C, D, H, W)`` and multiplies by the mask, as SparK does.
 
@@ -23,7 +31,7 @@ class DenseMaskLayout:
         check_visible(visible)
         check_hidden(hidden)
         self.visible = visible
-        self.fills_with_mean = hidden == "mean"
+        self.hidden = hidden
         self.grid: Size3 = as_size3(visible.shape[1:])
         self._masks: dict[Size3, torch.Tensor] = {}
 
@@ -56,13 +64,29 @@ class DenseMaskLayout:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Size3, groups: int
     ) -> torch.Tensor:
         """Same-padded dense convolution of the masked input, masked again."""
+        if self.hidden == "nearest":
+            return self._conv3d_of_windows(x, weight, bias, stride, groups)
         padding = [k // 2 for k in weight.shape[2:]]
+        out = F.conv3d(x * self._mask_of(x), weight, bias, stride=stride, padding=padding, groups=groups)
+        return out * self._mask_of(out)
+
+    def _conv3d_of_windows(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Size3, groups: int
+    ) -> torch.Tensor:
+        """Convolves every cell with its surroundings apart, because each has its own idea of its hidden neighbours."""
+        reach = (weight.shape[2] // 2, weight.shape[3] // 2, weight.shape[4] // 2)
+        cell = divide(as_size3(x.shape[2:]), self.grid, "map of size")
         mask = self._mask_of(x)
-        masked = x * mask
-        if self.fills_with_mean:
-            seen = masked.detach().sum((2, 3, 4), keepdim=True) / mask.sum((2, 3, 4), keepdim=True)
-            masked = torch.where(mask, masked, seen)
-        out = F.conv3d(masked, weight, bias, stride=stride, padding=padding, groups=groups)
+        clean = torch.where(mask, x, 0)
+        within = _windows(torch.ones_like(mask, dtype=x.dtype), cell, reach)
+        own = _windows(clean.detach(), cell, (0, 0, 0))
+        own = F.pad(own, [edge for edge in reversed(reach) for _ in (0, 1)], mode="replicate")
+        seen = torch.where(_windows(mask.to(x.dtype), cell, reach) > 0, _windows(clean, cell, reach), own * within)
+        out = F.conv3d(seen, weight, bias, stride=stride, groups=groups)
+        batch_size, channels = x.shape[0], out.shape[1]
+        (g0, g1, g2), (s0, s1, s2) = self.grid, as_size3(out.shape[2:])
+        out = out.reshape(batch_size, g0, g1, g2, channels, s0, s1, s2).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        out = out.reshape(batch_size, channels, g0 * s0, g1 * s1, g2 * s2)
         return out * self._mask_of(out)
 
     def densified_conv3d(

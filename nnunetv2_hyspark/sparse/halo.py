@@ -2,7 +2,7 @@
 
 A block feature map ``(n, C, s0, s1, s2)`` in channels-last memory is a table of ``n * s0 * s1 * s2`` rows of C numbers.
 A halo is one gather from that table. Where the neighbour is outside the volume, the row is zero; where it is masked, it
-is zero or a value that stands in for it.
+is zero or the nearest voxel of the block itself.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ class HaloTable:
 
     Attributes:
         source: int64 ``(n * p0 * p1 * p2,)``, row of the block table for every voxel of the padded blocks,
-            ``p = s + 2 * radius``; 0 where there is no source.
-        empty: int64 ``(m,)``, the padded rows that have no source.
+            ``p = s + 2 * radius``; any row where there is no source.
+        empty: int64 ``(m,)``, the padded rows that must be zero.
+        missing: int64 ``(m',)``, the padded rows that are outside the volume or masked. The others are visible voxels;
+            between them the table is symmetric: if a voxel is in the halo of another, the other is in its halo.
         padded: edge lengths ``(p0, p1, p2)``.
-        hidden: int64 ``(h,)``, those of them that are masked voxels, not voxels outside the volume; None if not asked
-            for.
-        sample: int64 ``(h,)``, the sample that each of these belongs to; None if not asked for.
     """
 
     source: torch.Tensor
     empty: torch.Tensor
+    missing: torch.Tensor
     padded: Size3
-    hidden: torch.Tensor | None = None
-    sample: torch.Tensor | None = None
 
 
 def neighbour_blocks(cells: torch.Tensor, batch_size: int, grid: Size3, reach: Size3) -> torch.Tensor:
@@ -61,11 +59,12 @@ def neighbour_blocks(cells: torch.Tensor, batch_size: int, grid: Size3, reach: S
 
 
 def halo_table(
-    cells: torch.Tensor, batch_size: int, grid: Size3, block: Size3, radius: Size3, with_hidden: bool = False
+    cells: torch.Tensor, batch_size: int, grid: Size3, block: Size3, radius: Size3, hidden: str = "zero"
 ) -> HaloTable:
     """Builds the gather table for blocks of shape ``block`` and a halo of ``radius`` voxels per side.
 
-    Works for any radius, also one that is larger than a block. ``with_hidden`` lists the masked voxels apart.
+    Works for any radius, also one that is larger than a block. ``hidden``: what stands for masked voxels, ``"zero"`` or
+    ``"nearest"``, the nearest voxel of the block that the halo belongs to.
     """
     device = cells.device
     reach = tuple(-(-r // s) for r, s in zip(radius, block))
@@ -77,37 +76,37 @@ def halo_table(
         local.append(position % s)
     source_block = neighbours[:, cell_offset[0]][:, :, cell_offset[1]][:, :, :, cell_offset[2]]
     local_row = (local[0][:, None, None] * block[1] + local[1][None, :, None]) * block[2] + local[2][None, None, :]
-    rows = source_block * (block[0] * block[1] * block[2]) + local_row
-    missing = source_block < 0
-    rows = rows.masked_fill(missing, 0).flatten()
+    per_block = block[0] * block[1] * block[2]
+    rows = source_block * per_block + local_row
+    is_missing = source_block < 0
+    missing = is_missing.flatten().nonzero().squeeze(1)
     padded = (block[0] + 2 * radius[0], block[1] + 2 * radius[1], block[2] + 2 * radius[2])
-    empty = missing.flatten().nonzero().squeeze(1)
-    if not with_hidden:
-        return HaloTable(rows, empty, padded)
-    inside = []
-    for axis, edge in enumerate(grid):
+    if hidden == "zero":
+        return HaloTable(rows.masked_fill(is_missing, 0).flatten(), missing, missing, padded)
+    inside, nearest = [], []
+    for axis, (s, r) in enumerate(zip(block, radius)):
         cell = cells[:, axis + 1, None] + (cell_offset[axis] - reach[axis])[None]
-        inside.append((cell >= 0) & (cell < edge))
+        inside.append((cell >= 0) & (cell < grid[axis]))
+        nearest.append(torch.arange(-r, s + r, device=device).clamp(0, s - 1))
     in_volume = inside[0][:, :, None, None] & inside[1][:, None, :, None] & inside[2][:, None, None, :]
-    hidden = (missing & in_volume).flatten().nonzero().squeeze(1)
-    sample = cells[torch.div(hidden, padded[0] * padded[1] * padded[2], rounding_mode="floor"), 0]
-    return HaloTable(rows, empty, padded, hidden, sample)
+    own_row = (nearest[0][:, None, None] * block[1] + nearest[1][None, :, None]) * block[2] + nearest[2][None, None, :]
+    own = torch.arange(len(cells), device=device)[:, None, None, None] * per_block + own_row
+    empty = (~in_volume).flatten().nonzero().squeeze(1)
+    return HaloTable(torch.where(is_missing, own, rows).flatten(), empty, missing, padded)
 
 
-def attach_halo(blocks: torch.Tensor, table: HaloTable, fill: torch.Tensor | None = None) -> torch.Tensor:
+def attach_halo(blocks: torch.Tensor, table: HaloTable, visible_only: bool = False) -> torch.Tensor:
     """Returns blocks with their halo.
 
     Args:
         blocks: ``(n, C, s0, s1, s2)``, best in ``torch.channels_last_3d`` memory (then no copy is made first).
-        table: made for this block shape; with its hidden rows where there is a fill.
-        fill: ``(B, C)``, what stands for masked voxels, per sample; None for zero.
+        table: made for this block shape.
+        visible_only: leave zero whatever is no visible voxel, also where the table has something that stands for it.
 
     Returns:
         ``(n, C, p0, p1, p2)`` in channels-last memory.
     """
     n, channels = blocks.shape[:2]
     rows = blocks.permute(0, 2, 3, 4, 1).reshape(-1, channels)
-    padded = rows.index_select(0, table.source).index_fill_(0, table.empty, 0)
-    if fill is not None and table.hidden is not None and table.sample is not None:
-        padded.index_copy_(0, table.hidden, fill.to(rows.dtype).index_select(0, table.sample))
+    padded = rows.index_select(0, table.source).index_fill_(0, table.missing if visible_only else table.empty, 0)
     return padded.view(n, *table.padded, channels).permute(0, 4, 1, 2, 3)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..geometry import Size3, as_size3, divide, multiply, volume
 from .convolution import submanifold_conv3d
 from .halo import HaloTable, halo_table
-from .normalization import instance_norm, visible_mean
+from .normalization import instance_norm
 from .projection import Rims, half_kernel, project_densified, rims, sparse_projection_pays
 
 
@@ -66,8 +66,8 @@ class BlockLayout:
 
     Args:
         visible: boolean ``(B, g0, g1, g2)``.
-        hidden: what convolutions take for masked voxels next to visible ones: ``"zero"``, or ``"mean"``, the mean of
-            the sample's visible voxels per channel, as a constant without gradient.
+        hidden: what convolutions take for masked voxels next to a visible block: ``"zero"``, or ``"nearest"``, the
+            nearest voxel of that block, as a constant without gradient.
 
     Raises:
         ValueError: if the mask has another shape or dtype, a sample has no visible cell, or ``hidden`` is unknown.
@@ -77,7 +77,7 @@ class BlockLayout:
         check_visible(visible)
         check_hidden(hidden)
         self.visible = visible
-        self.fills_with_mean = hidden == "mean"
+        self.hidden = hidden
         self.batch_size = visible.shape[0]
         self.grid: Size3 = as_size3(visible.shape[1:])
         self.cells = visible.nonzero()
@@ -95,9 +95,7 @@ class BlockLayout:
         """Gather table for blocks of this shape and this halo radius."""
         key = (block, radius)
         if key not in self._tables:
-            self._tables[key] = halo_table(
-                self.cells, self.batch_size, self.grid, block, radius, with_hidden=self.fills_with_mean
-            )
+            self._tables[key] = halo_table(self.cells, self.batch_size, self.grid, block, radius, self.hidden)
         return self._tables[key]
 
     def rims(self, reach: Size3) -> Rims:
@@ -153,10 +151,8 @@ class BlockLayout:
         block = as_size3(x.shape[2:])
         divide(block, stride, "block")
         radius = (weight.shape[2] // 2, weight.shape[3] // 2, weight.shape[4] // 2)
-        if radius == (0, 0, 0):
-            return submanifold_conv3d(x, weight, bias, None, groups, stride)
-        fill = visible_mean(x.detach(), self.sample, self.batch_size) if self.fills_with_mean else None
-        return submanifold_conv3d(x, weight, bias, self.halo(block, radius), groups, stride, fill)
+        table = None if radius == (0, 0, 0) else self.halo(block, radius)
+        return submanifold_conv3d(x, weight, bias, table, groups, stride)
 
     def densified_conv3d(
         self, x: torch.Tensor, fill: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -216,8 +212,8 @@ class BlockLayout:
 
 def check_hidden(hidden: str) -> None:
     """Raises ValueError unless ``hidden`` names what stands for masked voxels."""
-    if hidden not in ("zero", "mean"):
-        raise ValueError(f"hidden is {hidden!r}; expected 'zero' or 'mean'.")
+    if hidden not in ("zero", "nearest"):
+        raise ValueError(f"hidden is {hidden!r}; expected 'zero' or 'nearest'.")
 
 
 def check_visible(visible: torch.Tensor) -> None:

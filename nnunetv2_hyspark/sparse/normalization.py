@@ -1,26 +1,8 @@
-"""Statistics over the visible voxels of each sample, and instance normalisation by them."""
+"""Instance normalisation over the visible voxels of each sample."""
 
 from __future__ import annotations
 
 import torch
-
-
-def visible_mean(blocks: torch.Tensor, sample: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Mean over the visible voxels of every sample and channel.
-
-    Args:
-        blocks: ``(n, C, s0, s1, s2)``.
-        sample: int64 ``(n,)``, the sample each block belongs to.
-        batch_size: number of samples.
-
-    Returns:
-        ``(batch_size, C)``, float32 or better.
-    """
-    dtype = torch.promote_types(blocks.dtype, torch.float32)
-    per_block = blocks.mean((2, 3, 4), dtype=dtype)
-    zeros = torch.zeros(batch_size, blocks.shape[1], device=blocks.device, dtype=dtype)
-    counts = zeros[:, 0].index_add(0, sample, torch.ones_like(sample, dtype=dtype))
-    return zeros.index_add(0, sample, per_block) / counts[:, None]
 
 
 def instance_norm(

@@ -7,7 +7,7 @@ from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
 
 TOPOLOGIES = ["isotropic", "anisotropic"]
-HIDDEN = ["zero", "mean"]
+HIDDEN = ["zero", "nearest"]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Convolution on blocks equals ``conv3d(where(mask, x, fill)) * mask``: values, gradients, gradcheck."""
+"""Convolution on blocks equals dense-then-mask, or a loop over cells: values, gradients, gradcheck."""
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,29 +12,38 @@ from nnunetv2_hyspark.masking import upsample_mask
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
 from nnunetv2_hyspark.sparse.convolution import adjoint_weight, submanifold_conv3d
 from nnunetv2_hyspark.sparse.halo import attach_halo, halo_table, neighbour_blocks
-from nnunetv2_hyspark.sparse.normalization import visible_mean
 
 GRIDS = [(1, 2, 3), (3, 3, 3), (2, 5, 1), (1, 1, 1)]
 BLOCKS = [(1, 1, 1), (2, 2, 2), (4, 4, 4), (1, 4, 4), (2, 4, 1), (3, 2, 5)]
 KERNELS = [(1, 1, 1), (3, 3, 3), (5, 5, 5), (7, 7, 7), (1, 3, 3), (3, 1, 5), (1, 1, 7)]
 CHANNELS = [(1, 1, 1), (1, 3, 1), (3, 2, 1), (4, 4, 4), (4, 8, 4), (4, 6, 2), (6, 3, 3)]  # in, out, groups
 
-HIDDEN = ["zero", "mean"]
+HIDDEN = ["zero", "nearest"]
 
 ONE_LAYOUT = {"batch_size": 2, "grid": (2, 3, 2), "block": (2, 4, 2), "ratio": 0.6, "seed": 3}
 
 
-def fill_in(dense, mask, hidden):
-    """The map that the convolution is meant to see: masked voxels are zero, or the mean of their sample's visible
-    ones, a constant."""
-    if hidden == "zero":
-        return dense * mask
-    filled = torch.empty_like(dense)
-    for b, sample in enumerate(dense):
-        for c, channel in enumerate(sample):
-            mean = channel.detach()[mask[b, 0]].mean()
-            filled[b, c] = torch.where(mask[b, 0], channel, mean)
-    return filled
+def convolve_cell_by_cell(dense, visible, block, weight, offset, stride, groups):
+    """Every visible cell in the middle of a canvas on which hidden voxels are the cell's nearest, voxel by voxel."""
+    reach = [k // 2 for k in weight.shape[2:]]
+    size = dense.shape[2:]
+    out = torch.zeros(len(dense), len(weight), *(s // t for s, t in zip(size, stride)), dtype=dense.dtype)
+    for b, *cell in visible.nonzero().tolist():
+        low = [c * s for c, s in zip(cell, block)]
+        window = torch.zeros(dense.shape[1], *(s + 2 * r for s, r in zip(block, reach)), dtype=dense.dtype)
+        for place in itertools.product(*(range(s + 2 * r) for s, r in zip(block, reach))):
+            voxel = [start + p - r for start, p, r in zip(low, place, reach)]
+            if any(v < 0 or v >= edge for v, edge in zip(voxel, size)):
+                continue
+            if visible[(b, *(v // s for v, s in zip(voxel, block)))]:
+                window[(slice(None), *place)] = dense[(b, slice(None), *voxel)]
+            else:
+                nearest = [min(max(v, start), start + s - 1) for v, start, s in zip(voxel, low, block)]
+                window[(slice(None), *place)] = dense.detach()[(b, slice(None), *nearest)]
+        convolved = F.conv3d(window[None], weight, offset, stride, groups=groups)[0]
+        place = tuple(slice(start // t, (start + s) // t) for start, s, t in zip(low, block, stride))
+        out[(b, slice(None), *place)] = convolved
+    return out
 
 
 def compare(
@@ -48,7 +59,10 @@ def compare(
     small = tuple(s // t for s, t in zip(block, stride))
     mask_in, mask_out = upsample_mask(visible, block), upsample_mask(visible, small)
     padding = tuple(k // 2 for k in kernel)
-    expected = F.conv3d(fill_in(dense, mask_in, hidden), weight, offset, stride, padding, groups=groups) * mask_out
+    if hidden == "zero":
+        expected = F.conv3d(dense * mask_in, weight, offset, stride, padding, groups=groups) * mask_out
+    else:
+        expected = convolve_cell_by_cell(dense, visible, block, weight, offset, stride, groups)
     leaves = [leaf for leaf in (dense, weight, offset) if leaf is not None]
     cotangent = values(*expected.shape, seed=4, dtype=dtype)
     wanted = torch.autograd.grad((expected * cotangent).sum(), leaves)
@@ -74,7 +88,25 @@ def test_blocks_equal_dense_then_mask(data, bernoulli_mask, values, assert_close
     stride = tuple(data.draw(st.sampled_from([t for t in (1, 2) if s % t == 0])) for s in case["block"])
     compare(
         case, data.draw(st.sampled_from(KERNELS)), data.draw(st.sampled_from(CHANNELS)), stride,
-        data.draw(st.booleans()), bernoulli_mask, values, assert_close, hidden=data.draw(st.sampled_from(HIDDEN)),
+        data.draw(st.booleans()), bernoulli_mask, values, assert_close,
+    )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_blocks_equal_a_loop_over_cells(data, bernoulli_mask, values, assert_close):
+    """The same where the nearest visible voxel stands for hidden ones."""
+    case = {
+        "batch_size": 2,
+        "grid": data.draw(st.sampled_from([(1, 2, 3), (2, 2, 2), (1, 1, 1)])),
+        "block": data.draw(st.sampled_from([(1, 1, 1), (2, 2, 2), (1, 4, 2), (3, 2, 1)])),
+        "ratio": data.draw(st.floats(0.2, 0.9)),
+        "seed": data.draw(st.integers(0, 10**6)),
+    }
+    stride = tuple(data.draw(st.sampled_from([t for t in (1, 2) if s % t == 0])) for s in case["block"])
+    compare(
+        case, data.draw(st.sampled_from([(3, 3, 3), (1, 3, 5)])), data.draw(st.sampled_from(CHANNELS)), stride,
+        data.draw(st.booleans()), bernoulli_mask, values, assert_close, hidden="nearest",
     )
 
 
@@ -193,38 +225,42 @@ def test_neighbour_blocks(bernoulli_mask):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("radius", [(1, 1, 1), (0, 1, 2), (3, 0, 3)])
-def test_halo_tells_masked_voxels_from_those_outside(grid, radius, bernoulli_mask, values):
-    block, visible, fill = (2, 4, 1), bernoulli_mask(2, grid, 0.4, 5), values(2, 3, seed=1)
-    layout = BlockLayout(visible, "mean")
-    dense = values(2, 3, *multiply(grid, block))
-    filled = torch.where(upsample_mask(visible, block), dense, fill[:, :, None, None, None])
-    padded = F.pad(filled, [r for edge in reversed(radius) for r in (edge, edge)])
-    table = layout.halo(block, radius)
-    halos = attach_halo(layout.gather(dense), table, fill)
-    for halo, (b, *cell) in zip(halos, layout.cells.tolist()):
-        first = [c * s for c, s in zip(cell, block)]
-        window = padded[(b, slice(None), *(slice(f, f + p) for f, p in zip(first, table.padded)))]
-        assert torch.equal(halo, window)
+def test_halo_of_visible_voxels_only(grid, radius, hidden, bernoulli_mask, values):
+    """What stands for hidden voxels can be left out again: that is the halo of the gradient."""
+    block, visible = (2, 4, 1), bernoulli_mask(2, grid, 0.4, 5)
+    plain, filled = BlockLayout(visible), BlockLayout(visible, hidden)
+    blocks = plain.gather(values(2, 3, *multiply(grid, block)))
+    expected = attach_halo(blocks, plain.halo(block, radius))
+    assert torch.equal(attach_halo(blocks, filled.halo(block, radius), visible_only=True), expected)
+
+
+@pytest.mark.parametrize("layout", [BlockLayout, DenseMaskLayout])
+def test_nothing_hidden_is_an_ordinary_convolution(layout, values, assert_close):
+    """Then nothing stands for anything: the border of the volume is zero, as in fine-tuning."""
+    dense, weight = values(2, 3, 4, 6, 4), values(5, 3, 3, 3, 3, seed=1)
+    laid = layout(torch.ones(2, 2, 3, 2, dtype=torch.bool), "nearest")
+    out = laid.scatter(laid.conv3d(laid.gather(dense), weight, None, (1, 1, 1), 1))
+    assert_close(out, F.conv3d(dense, weight, padding=1))
+
+
+@pytest.mark.parametrize("layout", [BlockLayout, DenseMaskLayout])
+def test_constants_stay_constant_beside_hidden_cells(layout, assert_close):
+    """An averaging kernel finds the same everywhere, but at the border of the volume."""
+    visible = torch.zeros(1, 3, 3, 3, dtype=torch.bool)
+    visible[0, 1, 1, 1] = True
+    laid = layout(visible, "nearest")
+    image = torch.full((1, 1, 6, 6, 6), 7.0, dtype=torch.float64)
+    out = laid.gather(laid.scatter(laid.conv3d(laid.gather(image), torch.full((1, 1, 3, 3, 3), 1 / 27).double(), None,
+                                               (1, 1, 1), 1)))
+    assert_close(out[out != 0], torch.full((8,), 7.0, dtype=torch.float64), 1e-7)
 
 
 @pytest.mark.parametrize("layout", [BlockLayout, DenseMaskLayout])
 def test_unknown_fill_is_refused(layout):
-    with pytest.raises(ValueError, match="hidden is 'nearest'; expected 'zero' or 'mean'"):
-        layout(torch.ones(1, 2, 2, 2, dtype=torch.bool), "nearest")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_visible_mean(dtype, bernoulli_mask, values):
-    """Over all visible voxels of a sample, in float32 at least; a large offset does not drown in half precision."""
-    visible = bernoulli_mask(3, (2, 3, 2), 0.5, 4)
-    layout = BlockLayout(visible)
-    blocks = (layout.gather(values(3, 5, 4, 12, 8)) + 100).to(dtype)
-    means = visible_mean(blocks, layout.sample, 3)
-    assert means.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for b in range(3):
-        expected = blocks[layout.sample == b].double().mean((0, 2, 3, 4))
-        torch.testing.assert_close(means[b].double(), expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="hidden is 'mean'; expected 'zero' or 'nearest'"):
+        layout(torch.ones(1, 2, 2, 2, dtype=torch.bool), "mean")
 
 
 def test_halo_ignores_non_finite_neighbours():

@@ -77,14 +77,16 @@ def test_what_would_mix_masked_voxels_in_is_refused():
     image, visible = draw()
     layout = BlockLayout(visible)
     x = SparseMap(layout.gather(image), layout)
-    for network, error in (
-        (nn.Conv3d(2, 2, 3, dtype=torch.float64), ValueError),
-        (nn.MaxPool3d(2, 1), ValueError),
-        (nn.GroupNorm(1, 2), TypeError),
+    for network, error, message in (
+        (nn.Conv3d(2, 2, 3, dtype=torch.float64), ValueError, r"sparse maps need odd kernels, padding \(1, 1, 1\)"),
+        (nn.MaxPool3d(2, 1), ValueError, "sparse maps need the window to be the stride"),
+        (nn.GroupNorm(1, 2), TypeError, "^group_norm is not known for sparse maps; known are 3D convolutions"),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=message):
             network(x)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="^interpolate is not known for sparse maps; known are 3D convolutions"):
         F.interpolate(x, scale_factor=2)
+    with pytest.raises(TypeError, match="^conv3d got its sparse map as another argument than the first one"):
+        F.conv3d(image, x)
     with pytest.raises(ValueError, match="expected 'mednext', 'residual' or 'plain'"):
         encoder("resnet")

@@ -40,7 +40,10 @@ def test_counted_bytes_hold_what_autograd_keeps():
         outputs = network(torch.randn(2, 2, *PATCH))
     assert len(outputs) == 3
     traced = trace_finetuning(2, 3, small_arch_kwargs(), PATCH, 2, mixed=False)
-    assert sum(kept.values()) < traced.peak < 1.6 * sum(kept.values())
+    # the peak is 1.136 times what is kept, for any weights and 1.135 for larger patches: the backward pass adds the
+    # gradients at hand. One map of the finest scale more or less would be 0.053 at least; 0.045 leaves some room for
+    # the temporary tensors of another version of PyTorch.
+    assert traced.peak / sum(kept.values()) == pytest.approx(1.136, abs=0.045)
 
 
 def test_mixed_precision_needs_less():

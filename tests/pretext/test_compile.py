@@ -6,24 +6,45 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
+from nnunetv2_hyspark.networks.topology import ArchitectureConfig, derive_arch_kwargs
+from nnunetv2_hyspark.pretext.build import build_hyspark
+from nnunetv2_hyspark.pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
+
+
+def make_model(cnn: str) -> HySparK:
+    """A small network with 4x4x4 junction cells."""
+    torch.manual_seed(0)
+    config = ArchitectureConfig(cnn=cnn, base_width=4, head_width=4, transformer_depth=1)
+    kwargs = derive_arch_kwargs([(1, 1, 1), (2, 2, 2), (2, 2, 2)], [(3, 3, 3)] * 3, config)
+    return build_hyspark(1, kwargs, HySparKConfig())
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager_with_one_graph_break(make_model):
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16], ids=["float64", "autocast"])
+@pytest.mark.parametrize("cnn", ["mednext", "residual"])
+def test_compiled_equals_eager_with_one_graph_break(cnn: str, precision: torch.dtype):
+    mixed = precision == torch.bfloat16
     torch._dynamo.reset()
     counters.clear()
-    model = make_model("isotropic")
+    model = make_model(cnn)
+    if not mixed:
+        model = model.double()
     compiled = torch.compile(model, backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
     size = [4 * s for s in model.encoder.junction_stride]
     image = torch.randn(2, 1, *size, dtype=next(model.parameters()).dtype)
     for _ in range(3):
         visible = model.draw_mask(2, size, 0.75, generator)
-        losses = [reconstruction_loss(image, network(image, visible), visible) for network in (model, compiled)]
-        gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+        losses, gradients = [], []
+        for network in (model, compiled):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+                reconstruction = network(image, visible)
+            assert reconstruction.dtype == precision
+            losses.append(reconstruction_loss(image, reconstruction, visible))
+            gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
         torch.testing.assert_close(losses[1], losses[0])
         for got, want in zip(*gradients):
             torch.testing.assert_close(got, want)
+    assert counters["stats"]["unique_graphs"] > 0
     reasons = dict(counters["graph_break"])
     assert len(reasons) <= 1 and all("disable" in reason for reason in reasons), reasons

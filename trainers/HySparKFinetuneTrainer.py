@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo
 from nnunetv2.utilities.helpers import dummy_context
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_hyspark.networks.segmentation import HySparKUNet
 from nnunetv2_hyspark.training.checkpoints import checkpoints_in
-from nnunetv2_hyspark.training.finetuning import parameter_groups
+from nnunetv2_hyspark.training.finetuning import is_frozen, parameter_groups
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
 from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
 from nnunetv2_hyspark.transfer.loading import load_pretrained_encoder
@@ -99,12 +101,33 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         """nnU-Net's; counts steps for the schedule and logs the decoder's rate."""
         self.network.train()
         self.step_in_epoch = 0
+        self.freeze_encoder(is_frozen(self.settings.finetuning, self.current_epoch))
         self.lr_scheduler.step(self.current_epoch)
         rates = {group.get("name", "all"): group["lr"] for group in self.optimizer.param_groups}
         self.print_to_log_file("")
         self.print_to_log_file(f"Epoch {self.current_epoch}")
         self.print_to_log_file("Current learning rate:", ", ".join(f"{n} {r:.3g}" for n, r in rates.items()))
         self.logger.log("lrs", max(rates.values()), self.current_epoch)
+
+    def freeze_encoder(self, frozen: bool) -> None:
+        """Leaves the encoder out of backward pass, clipping and optimizer, or takes it in again."""
+        self.encoder_is_frozen = frozen
+        if isinstance(self.network, DistributedDataParallel):
+            # it waits in every step for the gradients of all parameters that were trained when it was made; so they
+            # are computed, and dropped in backward()
+            return
+        encoder = unwrap(self.network).get_submodule("encoder")
+        if any(parameter.requires_grad == frozen for parameter in encoder.parameters()):
+            encoder.requires_grad_(not frozen)
+            # what is compiled holds the backward pass of before
+            torch._dynamo.reset()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass; a frozen encoder gets no gradients, so that it counts for nothing when they are clipped."""
+        super().backward(loss)
+        if self.encoder_is_frozen:
+            for parameter in unwrap(self.network).get_submodule("encoder").parameters():
+                parameter.grad = None
 
     def train_step(self, batch: dict) -> dict:
         """One step on a labelled batch."""

@@ -50,6 +50,11 @@ class FinetuningConfig:
     seed: int = field(default=-1, metadata={"range": (-1, 2**31 - 1), "help": "of initialisation; -1: not fixed"})
 
 
+def is_frozen(config: FinetuningConfig, epoch: int) -> bool:
+    """Whether the encoder is not trained in an epoch (from 0)."""
+    return epoch < config.frozen_epochs or config.encoder_lr_scale == 0
+
+
 def encoder_depth(name: str, n_stages: int) -> int:
     """How many stages an encoder parameter lies away from the decoder: 0 for the transformer, 1 for the junction's
     CNN stage, and one more per finer stage.

@@ -1,4 +1,4 @@
-"""A pre-training trainer on a tiny synthetic data set, in this process."""
+"""A trainer on a tiny synthetic data set, in this process."""
 
 from __future__ import annotations
 
@@ -30,12 +30,17 @@ def make_trainer(small_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def make(settings: str = "", continue_training: bool = False, draw: bool = False):
+    def make(
+        settings: str = "",
+        continue_training: bool = False,
+        draw: bool = False,
+        trainer_name: str = "HySparKPretrainTrainer",
+    ):
         if not draw:
             monkeypatch.setattr(PretrainingLog, "plot_progress_png", lambda self, folder: None)
         monkeypatch.setenv("nnUNet_hyspark", f"{SETTINGS},{settings}".rstrip(","))
         trainer = get_trainer_from_args(
-            NAME, "3d_fullres", 0, "HySparKPretrainTrainer", "nnUNetPlans", continue_training, torch.device("cpu")
+            NAME, "3d_fullres", 0, trainer_name, "nnUNetPlans", continue_training, torch.device("cpu")
         )
         maybe_load_checkpoint(trainer, continue_training, False, None)
         return trainer

@@ -281,25 +281,24 @@ class Batches:
         return batch
 
     def _next(self) -> dict[str, Any]:
-        if self._iterator is None:
-            self._start()
+        iterator = self._start() if self._iterator is None else self._iterator
         if self._watch is None:
-            return self._next_or_again()
+            return self._next_or_again(iterator)
         try:
             self._watch.waiting = True
             self._watch.check()
-            return self._next_or_again()
+            return self._next_or_again(iterator)
         finally:
             self._watch.waiting = False
 
-    def _start(self) -> None:
+    def _start(self) -> Iterator:
         self._iterator = iter(self.loader)
         self._watch = WorkerWatch.install() if self.loader.num_workers else None
+        return self._iterator
 
-    def _next_or_again(self) -> dict[str, Any]:
-        assert self._iterator is not None
+    def _next_or_again(self, iterator: Iterator) -> dict[str, Any]:
         try:
-            return next(self._iterator)
+            return next(iterator)
         except StopIteration:
             if not self.repeat:
                 raise

@@ -31,6 +31,7 @@ from nnunetv2_hyspark.data.screening import Reason, content_key, looks_like_houn
 from nnunetv2_hyspark.data.sources import Case, Pile, find_cases
 from nnunetv2_hyspark.data.volumes import (
     check_nifti_is_whole,
+    is_out_of_memory,
     last_line,
     read_channel,
     remove_unfinished,
@@ -300,9 +301,7 @@ def _run(tasks: list[_Task], journal: Journal, processes: int) -> None:
             for index, record in run_parallel(_process, tasks, processes):
                 if isinstance(record, WorkerDied):
                     detail = "the process that read it died, perhaps for lack of memory; try fewer processes (-np)"
-                    record = _record(tasks[index], reason=Reason.UNREADABLE.value, detail=detail)
-                    # no key: the next run tries again
-                    record["key"] = ""
+                    record = _not_yet_read(tasks[index], detail)
                 journal.add(record)
                 skipped += not record["ok"]
                 progress.set_postfix(skipped=skipped, refresh=False)
@@ -324,14 +323,21 @@ def _record(task: _Task, **content: Any) -> dict[str, Any]:
     }
 
 
+def _not_yet_read(task: _Task, detail: str) -> dict[str, Any]:
+    # no key: the next run tries again
+    return _record(task, key="", reason=Reason.UNREADABLE.value, detail=detail)
+
+
 def _process(task: _Task) -> dict[str, Any]:
     """Read, judge and mask one case; returns its record for the journal. Raises OSError only if writing fails."""
     started = time.perf_counter()
     try:
         record, images = _examine(task)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        detail = "not enough memory for it" if isinstance(error, MemoryError) else last_line(error)
-        return _record(task, reason=Reason.UNREADABLE.value, detail=detail)
+        if is_out_of_memory(error):
+            detail = "not enough memory for it; run the same command again with fewer processes (-np)"
+            return _not_yet_read(task, detail)
+        return _record(task, reason=Reason.UNREADABLE.value, detail=last_line(error))
     for name, image in images.items():
         write_nifti(image, task.folder / name)
     record["seconds"] = round(time.perf_counter() - started, 2)

@@ -44,6 +44,7 @@ def read_channel(files: tuple[str, ...]) -> list[Volume]:
 
     Raises:
         ValueError: if the file cannot be read, is cut short or has no pixels.
+        MemoryError: if there is not enough memory; ITK may say so by another error, see :func:`is_out_of_memory`.
     """
     if len(files) > 1 or is_dicom(files[0]):
         image = _read_dicom(files)
@@ -84,20 +85,25 @@ def _read_file(file: str) -> tuple[sitk.Image, bool]:
         raise ValueError("no such file")
     if os.path.getsize(file) == 0:
         raise ValueError("the file is empty")
-    if file.lower().endswith((".nii", ".nii.gz")):
-        check_nifti_is_whole(file)
+    size = check_nifti_is_whole(file) if file.lower().endswith((".nii", ".nii.gz")) else 0
     try:
         return sitk.ReadImage(file), True
     except RuntimeError as error:
         if "orthonormal" in str(error):
             return _read_sheared_nifti(file), False
+        # ITK's error for a damaged NIfTI and for want of memory is the same. It holds the voxels as stored and as
+        # float32, twice as large for the usual 16 bits; where that cannot be had, this raises MemoryError
+        np.empty(min(max(3 * size, 0), 2**62), np.uint8)
         raise ValueError(last_line(error)) from None
 
 
-def check_nifti_is_whole(file: str | Path) -> None:
+def check_nifti_is_whole(file: str | Path) -> int:
     """Raise ValueError if a NIfTI file has fewer bytes than its header promises.
 
     SimpleITK reads such files without a word and leaves the missing voxels undefined.
+
+    Returns:
+        How many bytes it promises, uncompressed.
     """
     try:
         header: Any = nibabel.load(file).header
@@ -119,6 +125,7 @@ def check_nifti_is_whole(file: str | Path) -> None:
         raise ValueError(f"not a readable NIfTI file ({last_line(error)})") from None
     if not complete:
         raise ValueError(f"the file is cut short ({found} of {expected} bytes)")
+    return expected
 
 
 def _uncompressed_size(file: str | Path) -> int:
@@ -194,6 +201,12 @@ def remove_unfinished(folder: Path) -> None:
     """Delete what an interrupted run left under temporary names in ``folder``."""
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
         leftover.unlink(missing_ok=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory was lacking, which ITK tells by a RuntimeError and mapped files by an OSError."""
+    texts = ("Failed to allocate memory", "Cannot allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def last_line(error: BaseException) -> str:

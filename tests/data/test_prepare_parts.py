@@ -3,6 +3,8 @@
 import gzip
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,40 @@ def test_damaged_nifti_headers_are_told_in_words(tmp_path: Path, seed: int) -> N
         except ValueError as error:
             refused += bool(str(error))
     assert refused >= 15
+
+
+NO_ROOM = """
+import resource, sys
+from nnunetv2_hyspark.data.volumes import is_out_of_memory, read_channel
+
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (int(sys.argv[1]) << 20),) * 2)
+for file in sys.argv[2:]:
+    try:
+        read_channel((file,))
+        print(file, "was read")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            print(file, repr(error))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize("room", [50, 100])
+def test_want_of_memory_is_known_for_what_it_is(tmp_path: Path, room: int) -> None:
+    """The image has 69 MiB; with room for 100, only the second copy that ITK makes of a NIfTI does not fit."""
+    image = sitk.Image(300, 300, 400, sitk.sitkInt16)
+    files = [str(tmp_path / name) for name in ("a.nii", "a.nii.gz", *(["a.mha", "a.nrrd"] if room < 69 else []))]
+    for file in files:
+        sitk.WriteImage(image, file, True)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, str(room), *files],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

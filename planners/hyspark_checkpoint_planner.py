@@ -102,10 +102,11 @@ class HySparKCheckpointPlanner(HySparKPlanner):
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
         """mm, in the order images are read."""
-        if not getattr(self, "keeps_spacing", False) or not hasattr(self, "forward"):
+        keeps = getattr(self, "keeps_spacing", False) and hasattr(self, "forward")
+        spacing = self.source.spacing if keeps else None
+        if spacing is None:
             return super().determine_fullres_target_spacing()
-        assert self.source.spacing is not None
-        return np.array([self.source.spacing[self.forward.index(axis)] for axis in range(3)])
+        return np.array([spacing[self.forward.index(axis)] for axis in range(3)])
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
         """As matched."""

@@ -71,9 +71,13 @@ class HySparKPretrainTrainer(ResumableTrainer):
 
     @property
     def model(self) -> HySparK:
-        """The network, whatever wraps it."""
+        """The network, whatever wraps it. Raises TypeError if a subclass has built another kind."""
         network = unwrap(self.network)
-        assert isinstance(network, HySparK)
+        if not isinstance(network, HySparK):
+            raise TypeError(
+                f"the network to pre-train is a {type(network).__name__}; expected HySparK, as "
+                f"HySparKPretrainTrainer.build_network_architecture makes."
+            )
         return network
 
     @property

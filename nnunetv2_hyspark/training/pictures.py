@@ -37,7 +37,8 @@ def save_reconstruction_picture(
     high = max(high, low + 1e-6)
     error = np.abs(reconstruction - image)
     limit = max(float(np.percentile(error, 99.5)), 1e-6)
-    figure, axes = plt.subplots(3, 4, figsize=(11, 8.6), constrained_layout=True)
+    figure, axes = plt.subplots(3, 4, figsize=(11, 8.6))
+    figure.subplots_adjust(0.03, 0.01, 0.99, 0.93, 0.03, 0.03)  # a layout that is worked out takes most of the time
     for row, axis in enumerate(range(3)):
         middle = image.shape[axis] // 2
         others = [a for a in range(3) if a != axis]

@@ -1,11 +1,9 @@
 """Submanifold convolution on blocks: ``conv(x * mask) * mask`` for the cost of the visible voxels.
 
-Masked voxels in the halo of a block may also be the nearest voxel of that block instead of zero, as a constant that
-takes no gradient.
-
 The operation is its own kind of adjoint: the gradient of the input is again a submanifold convolution, with the kernel
 flipped and its channel axes swapped. So the backward pass gathers a halo of the output gradient instead of scattering,
-and nothing but the blocks themselves is kept for it.
+and nothing but the blocks themselves is kept for it. Where masked voxels are not zero but the block's nearest voxel, that
+symmetry is lost, and the gradient of the padded blocks is folded back.
 """
 
 from __future__ import annotations
@@ -13,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .halo import HaloTable, attach_halo
+from ..geometry import as_size3
+from .halo import HaloTable, attach_halo, fold_halo
 
 
 def adjoint_weight(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -28,29 +27,31 @@ class _SubmanifoldConv3d(torch.autograd.Function):
     """Stride-1 convolution with odd kernel on blocks; see :func:`submanifold_conv3d`."""
 
     @staticmethod
-    def forward(ctx, blocks, weight, bias, source, empty, missing, padded, groups):
-        table = HaloTable(source, empty, missing, padded)
-        ctx.save_for_backward(blocks, weight, source, empty, missing)
-        ctx.padded, ctx.groups, ctx.has_bias = padded, groups, bias is not None
+    def forward(ctx, blocks, weight, bias, source, empty, padded, symmetric, groups):
+        table = HaloTable(source, empty, padded, symmetric)
+        ctx.save_for_backward(blocks, weight, source, empty)
+        ctx.padded, ctx.symmetric, ctx.groups, ctx.has_bias = padded, symmetric, groups, bias is not None
         return F.conv3d(attach_halo(blocks, table), weight, bias, groups=groups)
 
     @staticmethod
     def backward(ctx, grad_output):
-        blocks, weight, source, empty, missing = ctx.saved_tensors
-        table = HaloTable(source, empty, missing, ctx.padded)
+        blocks, weight, source, empty = ctx.saved_tensors
+        table = HaloTable(source, empty, ctx.padded, ctx.symmetric)
         grad_blocks = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        folds = ctx.needs_input_grad[0] and not ctx.symmetric
+        if ctx.needs_input_grad[0] and ctx.symmetric:
             grad_blocks = F.conv3d(
-                attach_halo(grad_output, table, visible_only=True), adjoint_weight(weight, ctx.groups),
-                groups=ctx.groups,
+                attach_halo(grad_output, table), adjoint_weight(weight, ctx.groups), groups=ctx.groups
             )
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if folds or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             bias_sizes = [weight.shape[0]] if ctx.has_bias else None
-            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad_output, attach_halo(blocks, table), weight, bias_sizes,
                 [1, 1, 1], [0, 0, 0], [1, 1, 1], False, [0, 0, 0], ctx.groups,
-                [False, True, ctx.has_bias],
+                [folds, ctx.needs_input_grad[1] or ctx.needs_input_grad[2], ctx.has_bias],
             )
+            if folds:
+                grad_blocks = fold_halo(grad_padded, table, as_size3(blocks.shape[2:]))
         return grad_blocks, grad_weight, grad_bias, None, None, None, None, None
 
 
@@ -86,16 +87,8 @@ def submanifold_conv3d(
     if table is None:
         return F.conv3d(blocks, weight, bias, stride=stride, groups=groups)
     if stride != (1, 1, 1):
-        return F.conv3d(_attach_differentiably(blocks, table), weight, bias, stride=stride, groups=groups)
+        return F.conv3d(attach_halo(blocks, table), weight, bias, stride=stride, groups=groups)
     with torch.autocast(device_type, enabled=False):
         return _SubmanifoldConv3d.apply(
-            blocks, weight, bias, table.source, table.empty, table.missing, table.padded, groups
+            blocks, weight, bias, table.source, table.empty, table.padded, table.symmetric, groups
         )
-
-
-def _attach_differentiably(blocks: torch.Tensor, table: HaloTable) -> torch.Tensor:
-    """Blocks with their halo, where only visible voxels pass a gradient on."""
-    visible = attach_halo(blocks, table, visible_only=True)
-    if len(table.missing) == len(table.empty):
-        return visible
-    return visible + (attach_halo(blocks.detach(), table) - visible.detach())

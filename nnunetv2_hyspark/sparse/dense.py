@@ -79,7 +79,7 @@ class DenseMaskLayout:
         mask = self._mask_of(x)
         clean = torch.where(mask, x, 0)
         within = _windows(torch.ones_like(mask, dtype=x.dtype), cell, reach)
-        own = _windows(clean.detach(), cell, (0, 0, 0))
+        own = _windows(clean, cell, (0, 0, 0))
         own = F.pad(own, [edge for edge in reversed(reach) for _ in (0, 1)], mode="replicate")
         seen = torch.where(_windows(mask.to(x.dtype), cell, reach) > 0, _windows(clean, cell, reach), own * within)
         out = F.conv3d(seen, weight, bias, stride=stride, groups=groups)

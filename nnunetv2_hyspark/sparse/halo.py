@@ -22,15 +22,15 @@ class HaloTable:
         source: int64 ``(n * p0 * p1 * p2,)``, row of the block table for every voxel of the padded blocks,
             ``p = s + 2 * radius``; any row where there is no source.
         empty: int64 ``(m,)``, the padded rows that must be zero.
-        missing: int64 ``(m',)``, the padded rows that are outside the volume or masked. The others are visible voxels;
-            between them the table is symmetric: if a voxel is in the halo of another, the other is in its halo.
         padded: edge lengths ``(p0, p1, p2)``.
+        symmetric: whether voxels see each other or not at all, as on a masked image: then the halo of a gradient is
+            gathered by the same table. Not so where a voxel stands for hidden ones.
     """
 
     source: torch.Tensor
     empty: torch.Tensor
-    missing: torch.Tensor
     padded: Size3
+    symmetric: bool = True
 
 
 def neighbour_blocks(cells: torch.Tensor, batch_size: int, grid: Size3, reach: Size3) -> torch.Tensor:
@@ -79,10 +79,10 @@ def halo_table(
     per_block = block[0] * block[1] * block[2]
     rows = source_block * per_block + local_row
     is_missing = source_block < 0
-    missing = is_missing.flatten().nonzero().squeeze(1)
     padded = (block[0] + 2 * radius[0], block[1] + 2 * radius[1], block[2] + 2 * radius[2])
     if hidden == "zero":
-        return HaloTable(rows.masked_fill(is_missing, 0).flatten(), missing, missing, padded)
+        empty = is_missing.flatten().nonzero().squeeze(1)
+        return HaloTable(rows.masked_fill(is_missing, 0).flatten(), empty, padded)
     inside, nearest = [], []
     for axis, (s, r) in enumerate(zip(block, radius)):
         cell = cells[:, axis + 1, None] + (cell_offset[axis] - reach[axis])[None]
@@ -92,21 +92,39 @@ def halo_table(
     own_row = (nearest[0][:, None, None] * block[1] + nearest[1][None, :, None]) * block[2] + nearest[2][None, None, :]
     own = torch.arange(len(cells), device=device)[:, None, None, None] * per_block + own_row
     empty = (~in_volume).flatten().nonzero().squeeze(1)
-    return HaloTable(torch.where(is_missing, own, rows).flatten(), empty, missing, padded)
+    return HaloTable(torch.where(is_missing, own, rows).flatten(), empty, padded, symmetric=False)
 
 
-def attach_halo(blocks: torch.Tensor, table: HaloTable, visible_only: bool = False) -> torch.Tensor:
+def attach_halo(blocks: torch.Tensor, table: HaloTable) -> torch.Tensor:
     """Returns blocks with their halo.
 
     Args:
         blocks: ``(n, C, s0, s1, s2)``, best in ``torch.channels_last_3d`` memory (then no copy is made first).
         table: made for this block shape.
-        visible_only: leave zero whatever is no visible voxel, also where the table has something that stands for it.
 
     Returns:
         ``(n, C, p0, p1, p2)`` in channels-last memory.
     """
     n, channels = blocks.shape[:2]
     rows = blocks.permute(0, 2, 3, 4, 1).reshape(-1, channels)
-    padded = rows.index_select(0, table.source).index_fill_(0, table.missing if visible_only else table.empty, 0)
+    padded = rows.index_select(0, table.source).index_fill_(0, table.empty, 0)
     return padded.view(n, *table.padded, channels).permute(0, 4, 1, 2, 3)
+
+
+def fold_halo(padded: torch.Tensor, table: HaloTable, block: Size3) -> torch.Tensor:
+    """Adjoint of :func:`attach_halo`: every voxel of the blocks gets the sum of what lies where it was read.
+
+    Args:
+        padded: ``(n, C, p0, p1, p2)``.
+        table: made for this block shape.
+        block: edge lengths ``(s0, s1, s2)``.
+
+    Returns:
+        ``(n, C, s0, s1, s2)`` in channels-last memory; sums are taken in float32 or better.
+    """
+    n, channels = padded.shape[:2]
+    dtype = torch.promote_types(padded.dtype, torch.float32)
+    rows = padded.permute(0, 2, 3, 4, 1).reshape(-1, channels).to(dtype).index_fill(0, table.empty, 0)
+    sums = torch.zeros(n * block[0] * block[1] * block[2], channels, dtype=dtype, device=padded.device)
+    sums.index_add_(0, table.source, rows)
+    return sums.to(padded.dtype).view(n, *block, channels).permute(0, 4, 1, 2, 3)

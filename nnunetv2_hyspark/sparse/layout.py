@@ -67,7 +67,7 @@ class BlockLayout:
     Args:
         visible: boolean ``(B, g0, g1, g2)``.
         hidden: what convolutions take for masked voxels next to a visible block: ``"zero"``, or ``"nearest"``, the
-            nearest voxel of that block, as a constant without gradient.
+            nearest voxel of that block.
 
     Raises:
         ValueError: if the mask has another shape or dtype, a sample has no visible cell, or ``hidden`` is unknown.

@@ -11,7 +11,7 @@ from nnunetv2_hyspark.geometry import multiply
 from nnunetv2_hyspark.masking import upsample_mask
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
 from nnunetv2_hyspark.sparse.convolution import adjoint_weight, submanifold_conv3d
-from nnunetv2_hyspark.sparse.halo import attach_halo, halo_table, neighbour_blocks
+from nnunetv2_hyspark.sparse.halo import attach_halo, fold_halo, halo_table, neighbour_blocks
 
 GRIDS = [(1, 2, 3), (3, 3, 3), (2, 5, 1), (1, 1, 1)]
 BLOCKS = [(1, 1, 1), (2, 2, 2), (4, 4, 4), (1, 4, 4), (2, 4, 1), (3, 2, 5)]
@@ -39,7 +39,7 @@ def convolve_cell_by_cell(dense, visible, block, weight, offset, stride, groups)
                 window[(slice(None), *place)] = dense[(b, slice(None), *voxel)]
             else:
                 nearest = [min(max(v, start), start + s - 1) for v, start, s in zip(voxel, low, block)]
-                window[(slice(None), *place)] = dense.detach()[(b, slice(None), *nearest)]
+                window[(slice(None), *place)] = dense[(b, slice(None), *nearest)]
         convolved = F.conv3d(window[None], weight, offset, stride, groups=groups)[0]
         place = tuple(slice(start // t, (start + s) // t) for start, s, t in zip(low, block, stride))
         out[(b, slice(None), *place)] = convolved
@@ -146,9 +146,10 @@ def test_extreme_masks(visible_cells, values, assert_close):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("channels", [(2, 3, 1), (2, 2, 2), (4, 2, 2)])
 @pytest.mark.parametrize("kernel, stride", [((3, 3, 3), (1, 1, 1)), ((1, 3, 5), (1, 1, 1)), ((3, 3, 3), (1, 2, 2))])
-def test_gradcheck(kernel, stride, channels, bias, bernoulli_mask, values):
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_gradcheck(kernel, stride, channels, bias, hidden, bernoulli_mask, values):
     inputs, outputs, groups = channels
-    layout = BlockLayout(bernoulli_mask(2, (1, 2, 2), 0.5, 1))
+    layout = BlockLayout(bernoulli_mask(2, (1, 2, 2), 0.5, 1), hidden)
     blocks = layout.gather(values(2, inputs, 1, 4, 4)).detach().requires_grad_()
     weight = values(outputs, inputs // groups, *kernel, seed=1).requires_grad_()
     offset = values(outputs, seed=2).requires_grad_() if bias else None
@@ -160,10 +161,11 @@ def test_gradcheck(kernel, stride, channels, bias, bernoulli_mask, values):
     assert torch.autograd.gradcheck(convolve, leaves, fast_mode=False)
 
 
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("needed", ["input", "weight", "bias", "weight and bias", "input and bias"])
-def test_partial_gradients(needed, bernoulli_mask, values, assert_close):
+def test_partial_gradients(needed, hidden, bernoulli_mask, values, assert_close):
     """Frozen leaves are skipped, the others keep their gradients."""
-    layout = BlockLayout(bernoulli_mask(2, (2, 2, 2), 0.5, 1))
+    layout = BlockLayout(bernoulli_mask(2, (2, 2, 2), 0.5, 1), hidden)
     leaves = {
         "input": layout.gather(values(2, 3, 4, 4, 4)),
         "weight": values(4, 3, 3, 3, 3, seed=1),
@@ -227,13 +229,28 @@ def test_neighbour_blocks(bernoulli_mask):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("radius", [(1, 1, 1), (0, 1, 2), (3, 0, 3)])
-def test_halo_of_visible_voxels_only(grid, radius, hidden, bernoulli_mask, values):
-    """What stands for hidden voxels can be left out again: that is the halo of the gradient."""
-    block, visible = (2, 4, 1), bernoulli_mask(2, grid, 0.4, 5)
-    plain, filled = BlockLayout(visible), BlockLayout(visible, hidden)
-    blocks = plain.gather(values(2, 3, *multiply(grid, block)))
-    expected = attach_halo(blocks, plain.halo(block, radius))
-    assert torch.equal(attach_halo(blocks, filled.halo(block, radius), visible_only=True), expected)
+def test_folding_is_the_adjoint_of_attaching(grid, radius, hidden, bernoulli_mask, values, assert_close):
+    """<attach(x), y> = <x, fold(y)>, for any table."""
+    block = (2, 4, 1)
+    layout = BlockLayout(bernoulli_mask(2, grid, 0.4, 5), hidden)
+    table = layout.halo(block, radius)
+    blocks = layout.gather(values(2, 3, *multiply(grid, block)))
+    padded = values(len(blocks), 3, *table.padded, seed=1)
+    folded = fold_halo(padded, table, block)
+    assert folded.is_contiguous(memory_format=torch.channels_last_3d)
+    assert_close((attach_halo(blocks, table) * padded).sum(), (blocks * folded).sum())
+
+
+def test_folding_sums_half_precision_in_single(values):
+    """A voxel that stands for many hidden ones gets the sum of many gradients."""
+    visible = torch.zeros(1, 3, 3, 3, dtype=torch.bool)
+    visible[0, 1, 1, 1] = True
+    table = BlockLayout(visible, "nearest").halo((1, 1, 1), (3, 3, 3))
+    gradient = (values(1, 1, 7, 7, 7) + 4).to(torch.bfloat16)
+    gradient[0, 0, :2], gradient[0, 0, -2:] = 0, 0
+    folded = fold_halo(gradient, table, (1, 1, 1))
+    seen = gradient[:, :, 2:5, 2:5, 2:5].float().sum()
+    assert folded.dtype == torch.bfloat16 and folded.item() == seen.to(torch.bfloat16).item()
 
 
 @pytest.mark.parametrize("layout", [BlockLayout, DenseMaskLayout])

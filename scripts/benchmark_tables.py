@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from the JSON files of `hyspark benchmark`.
+"""Writes docs/benchmarks.md from the JSON files of `hyspark benchmark`, and a plot beside each.
 
     python scripts/benchmark_tables.py docs/figures/benchmark_*.json
 """
@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from nnunetv2_hyspark.benchmark.plot import save_plot
+
+PAGE = Path("docs/benchmarks.md")
 
 HEADER = """# Benchmarks
 
@@ -25,24 +30,39 @@ Three ways to compute the same network with the same weights, run in turn in one
 
 `x blocks` is the median over rounds of the variant's time over the block path's in the same round. `GMAC` are
 multiply-adds of one forward pass, counted from the shapes that ran. `of peak` is that count, twice, and three times
-for a whole step, per second, over this machine's measured float32 matrix multiplication. Memory is the rise of the
-resident set (CPU) during one step in a fresh process, above weights and data. A share above 100 % says that the
-measured matrix multiplication was no ceiling for the convolutions (the two were not equally undisturbed).
+that with a backward pass, per second, over this machine's measured float32 matrix multiplication. `GB` are the bytes
+that the operations of all that was timed read and write, each counting its input and output tensors in full; caches are
+not modelled, so this is an upper bound of their traffic to main memory, without the work buffers inside an operation.
+`of copy` is that count per second over this machine's measured copy. Memory is the rise of the resident set (CPU)
+during one step in a fresh process, above weights and data. A share above 100 % says that the measured matrix
+multiplication was no ceiling for the convolutions (the two were not equally undisturbed), or that much of the counted
+traffic stayed in the caches.
 
 What was never measured: anything on a GPU.
 """
 
 
+def cell(row: dict[str, Any], key: str, form: str) -> str:
+    """A figure, or nothing where an earlier version did not count it."""
+    return format(row[key], form) if key in row else ""
+
+
+def counted(row: dict[str, Any]) -> str:
+    """The last cells of a row: counted operations and bytes, and their shares of the ceilings."""
+    forms = {
+        "forward_gmac": ".1f", "share_of_matmul_ceiling": ".0%", "counted_gb": ".2f", "share_of_copy_ceiling": ".0%",
+    }
+    return " | ".join(cell(row, key, form) for key, form in forms.items())
+
+
 def rows(title: str, table: dict[str, dict[str, Any]]) -> list[str]:
     """A Markdown table of one measurement."""
-    head = "| variant | median s | min | max | x blocks | GMAC | of peak |"
-    lines = [f"**{title}**", "", head, "|---|---|---|---|---|---|---|"]
+    head = "| variant | median s | min | max | x blocks | GMAC | of peak | GB | of copy |"
+    lines = [f"**{title}**", "", head, "|---|---|---|---|---|---|---|---|---|"]
     for variant, row in table.items():
-        gmac = f"{row['forward_gmac']:.0f}" if "forward_gmac" in row else ""
-        share = f"{row['share_of_matmul_ceiling']:.0%}" if "share_of_matmul_ceiling" in row else ""
         lines.append(
             f"| {variant} | {row['median_s']:.2f} | {row['min_s']:.2f} | {row['max_s']:.2f} | "
-            f"{row['ratio_to_blocks']:.2f} | {gmac} | {share} |"
+            f"{row['ratio_to_blocks']:.2f} | {counted(row)} |"
         )
     return [*lines, ""]
 
@@ -51,30 +71,53 @@ def segmentation_rows(title: str, table: dict[str, dict[str, Any]]) -> list[str]
     """A Markdown table of whole segmentation networks."""
     lines = [
         f"**{title}**", "",
-        "| network | million parameters | median s | x HySparKUNet | million voxels/s | GMAC | of peak |",
-        "|---|---|---|---|---|---|---|",
+        "| network | million parameters | median s | x HySparKUNet | million voxels/s | GMAC | of peak | GB | "
+        "of copy |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in table.items():
         lines.append(
             f"| {name} | {row['million_parameters']:.1f} | {row['median_s']:.2f} | "
-            f"{row['ratio_to_HySparKUNet']:.2f} | {row['million_voxels_per_second']:.2f} | {row['forward_gmac']:.0f} | "
-            f"{row['share_of_matmul_ceiling']:.0%} |"
+            f"{row['ratio_to_HySparKUNet']:.2f} | {row['million_voxels_per_second']:.2f} | {counted(row)} |"
         )
     return [*lines, ""]
 
 
-def section(figures: dict[str, Any]) -> list[str]:
-    """Everything one run measured."""
+def sweep_rows(points: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table over crop sizes and batches."""
+    lines = [
+        "**Crop sizes and batches**: encoder, forward and backward, and whole training step, median s", "",
+        "| crop | batch | encoder, blocks | dense | x blocks | step, blocks | dense | x blocks |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for point in points:
+        cells = ["out of memory", *[""] * 5]
+        if not point["out_of_memory"]:
+            timed = [point[key] for key in ("encoder_forward_backward", "step")]
+            cells = [
+                f"{value:.2f}" for row in timed
+                for value in (row["blocks"]["median_s"], row["dense"]["median_s"], row["dense"]["ratio_to_blocks"])
+            ]
+        lines.append(f"| {'x'.join(map(str, point['size']))} | {point['batch']} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def section(figures: dict[str, Any], plot: str) -> list[str]:
+    """Everything one run measured, and its plot, a path from the page."""
     request, machine, top = figures["request"], figures["machine"], figures["ceilings"]
     size = "x".join(map(str, request["size"]))
+    planned = request.get("planned")
+    network = f"{planned['configuration']} of {Path(planned['plans']).name}, " if planned else ""
     lines = [
-        f"## {machine['gpu'] or machine['processor']}: {size}, batch {request['batch']}, "
+        f"## {machine['gpu'] or machine['processor']}: {network}{size}, batch {request['batch']}, "
         f"{request['mask_ratio']:.0%} masked, {request['precision']}, step {request['step']}",
         "",
         f"    {figures['command']}",
         "",
         f"{machine['threads']} threads; matrix multiplication {top['matmul_gflops']:.0f} GFLOP/s, copy "
         f"{top['copy_gbs']:.1f} GB/s; torch {figures['versions']['torch']}, Python {figures['versions']['python']}.",
+        "",
+        f"![What was measured]({plot})",
         "",
     ]
     titles = {
@@ -93,6 +136,8 @@ def section(figures: dict[str, Any]) -> list[str]:
         lines += ["| mask ratio | time | 1 - ratio |", "|---|---|---|"]
         lines += [f"| {r} | {t:.3f} | {1 - float(r):.2f} |" for r, t in figures["by_mask_ratio"].items()]
         lines.append("")
+    if "sweep" in figures:
+        lines += sweep_rows(figures["sweep"])
     for key, title in (("finetuning_step", "forward and backward"), ("prediction", "forward")):
         if key in figures:
             lines += segmentation_rows(f"Segmentation networks on dense patches, {title}", figures[key])
@@ -121,8 +166,10 @@ def main() -> None:
         raise SystemExit("give the JSON files of hyspark benchmark")
     lines = [HEADER]
     for file in files:
-        lines += section(json.loads(file.read_text(encoding="utf-8")))
-    Path("docs/benchmarks.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        figures, plot = json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".png")
+        save_plot(figures, plot)
+        lines += section(figures, Path(os.path.relpath(plot, PAGE.parent)).as_posix())
+    PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

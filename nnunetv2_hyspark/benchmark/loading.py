@@ -17,19 +17,22 @@ from ..geometry import Size3
 from ..masking import random_visible
 
 
-def write_cases(folder: Path, count: int, shape: Size3, patch_size: Size3) -> list[Path]:
+def write_cases(folder: Path, count: int, shape: Size3, patch_size: Size3, channels: int = 1) -> list[Path]:
     """Synthetic scans, smooth structure and noise, compressed as nnU-Net's preprocessing does for this patch size."""
     rng = np.random.default_rng(0)
     saver: Any = nnunet_dataset.nnUNetDatasetBlosc2
     parameters = getattr(nnunet_dataset, "comp_blosc2_params", None) or saver.comp_blosc2_params  # nnU-Net 2.8, 2.7
-    blocks, chunks = parameters((1, *shape), patch_size)
+    blocks, chunks = parameters((channels, *shape), patch_size)
+    blocks_seg, chunks_seg = parameters((1, *shape), patch_size)
     files = []
     for number in range(count):
-        smooth = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 4)
-        image = (smooth / smooth.std() + 0.1 * rng.standard_normal(shape, dtype=np.float32))[None]
+        smooth = gaussian_filter(rng.standard_normal((channels, *shape), dtype=np.float32), (0, 4, 4, 4))
+        image = smooth / smooth.std() + 0.1 * rng.standard_normal(smooth.shape, dtype=np.float32)
         name = str(folder / f"synthetic_{number}")
-        segmentation = np.zeros(image.shape, np.int8)
-        saver.save_case(image, segmentation, {}, name, chunks=chunks, blocks=blocks)
+        segmentation = np.zeros((1, *shape), np.int8)
+        saver.save_case(
+            image, segmentation, {}, name, chunks=chunks, blocks=blocks, chunks_seg=chunks_seg, blocks_seg=blocks_seg
+        )
         files.append(Path(f"{name}.b2nd"))
     return files
 

@@ -40,21 +40,26 @@ class _ContiguousDecoder(ReconstructionDecoder):
         return super().forward([feature.contiguous() for feature in features], layout)
 
 
+def _stock_norm(norm: nn.InstanceNorm3d | nn.BatchNorm3d) -> nn.Module:
+    made: nn.Module = (
+        nn.InstanceNorm3d(norm.num_features, norm.eps, affine=True)
+        if isinstance(norm, nn.InstanceNorm3d)
+        else nn.BatchNorm3d(norm.num_features, norm.eps)
+    )
+    made.load_state_dict(norm.state_dict())
+    return made
+
+
 def official_like(model: HySparK) -> HySparK:
     """A copy of a model with the same weights that computes densely, in contiguous memory, with PyTorch's own norms and
     without merged convolutions. Its result is the model's, to rounding."""
     reference = copy.deepcopy(model)
     reference.layout = ContiguousMaskLayout
-    for parent in list(reference.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.InstanceNorm3d, nn.BatchNorm3d)):
-                stock: nn.Module = (
-                    nn.InstanceNorm3d(child.num_features, child.eps, affine=True)
-                    if isinstance(child, nn.InstanceNorm3d)
-                    else nn.BatchNorm3d(child.num_features, child.eps)
-                )
-                stock.load_state_dict(child.state_dict())
-                setattr(parent, name, stock)
+    stock: dict[nn.Module, nn.Module] = {}
+    for path, module in list(reference.named_modules(remove_duplicate=False)):
+        if isinstance(module, (nn.InstanceNorm3d, nn.BatchNorm3d)):
+            parent, _, name = path.rpartition(".")
+            setattr(reference.get_submodule(parent), name, stock.setdefault(module, _stock_norm(module)))
     for module in reference.modules():
         if isinstance(module, MedNeXtBlock):
             module.__class__ = _ContiguousBlock

@@ -6,104 +6,25 @@ import functools
 import os
 import platform
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..geometry import Size3, as_size3, cumulative_strides, divide
-from ..networks.topology import PAPER_STRIDES, ArchitectureConfig, derive_arch_kwargs
-from ..pretext.build import build_hyspark
-from ..pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
-from ..training.parameters import decay_groups
+from ..geometry import as_size3, volume
+from ..masking import count_visible
+from ..pretext.hyspark import reconstruction_loss
 from ..transfer.description import package_versions
 from .loading import measure_loading, write_cases
 from .memory import peak_gb
-from .operations import forward_gmac
-from .reference import dense_then_mask, official_like
+from .operations import counted_gb, forward_gmac
+from .request import VARIANTS, Request, autocast, build, make_encoder, make_step
 from .segmentation import networks, parameters, segmentation_loss
+from .sweep import sweep
+from .tables import loading_table, summary, sweep_table, table
 from .timing import ceilings, interleave
-
-STEPS = {
-    "default": HySparKConfig(),
-    "official": HySparKConfig(decoder_width=768, fuse_finest=False, decoder_norm="batch"),
-}
-VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {
-    "blocks": lambda model: model,
-    "dense": dense_then_mask,
-    "official-like": official_like,
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to measure."""
-
-    size: Size3 = (96, 96, 96)
-    batch: int = 1
-    mask_ratio: float = 0.75
-    step: str = "default"
-    base_width: int = 32
-    device: str = "cpu"
-    precision: str = "float32"
-    compile: bool = False
-    repeats: int = 5
-    budget: float = 300.0
-
-
-def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.Tensor]:
-    """Network, image ``(B, 1, D, H, W)`` and mask of a request, the same for every variant."""
-    torch.manual_seed(0)
-    config = ArchitectureConfig(base_width=request.base_width)
-    arch_kwargs = derive_arch_kwargs(PAPER_STRIDES, [(3, 3, 3)] * len(PAPER_STRIDES), config)
-    model = VARIANTS[variant](build_hyspark(1, arch_kwargs, STEPS[request.step])).to(request.device)
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(request.batch, 1, *request.size, generator=generator).to(request.device)
-    visible = model.draw_mask(request.batch, request.size, request.mask_ratio, generator).to(request.device)
-    return model, image, visible
-
-
-def autocast(request: Request) -> Any:
-    """The precision's context."""
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[request.precision]
-    return torch.autocast(request.device, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def make_step(request: Request, variant: str) -> Callable[[], float]:
-    """A whole training step: zero_grad, forward, loss, backward, AdamW."""
-    model, image, visible = build(request, variant)
-    optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=1e-4)
-    network = torch.compile(model) if request.compile else model
-
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(request):
-            reconstruction = network(image, visible)
-        loss = reconstruction_loss(image, reconstruction, visible)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def make_encoder(request: Request, variant: str, backward: bool) -> Callable[[], object]:
-    """The encoder alone, forward or forward and backward."""
-    model, image, visible = build(request, variant)
-
-    def run() -> object:
-        with torch.set_grad_enabled(backward):
-            with autocast(request):
-                layout = model.lay_out(visible)
-                features = model.encoder(layout.gather(image), layout)
-            if backward:
-                model.zero_grad(set_to_none=True)
-                sum(feature.float().square().mean() for feature in features).backward()
-        return features
-
-    return run
 
 
 def check_agreement(request: Request) -> dict[str, dict[str, float]]:
@@ -143,19 +64,39 @@ def check_agreement(request: Request) -> dict[str, dict[str, float]]:
     return differences
 
 
-def measure(request: Request, what: list[str], ratios: list[float], log: Callable[[str], None]) -> dict[str, Any]:
+def check(request: Request, what: Sequence[str], ratios: Sequence[float], points: Sequence[Request]) -> None:
+    """Raises ValueError for what could not be measured, before hours went into the rest."""
+    for point in (request, *(points if "sweep" in what else ())):
+        point.check()
+    for ratio in ratios if "ratios" in what else ():
+        count_visible(request.grid, ratio)
+
+
+def measure(
+    request: Request,
+    what: Sequence[str],
+    ratios: Sequence[float],
+    points: Sequence[Request],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
     """Runs the measurements.
 
     Args:
-        request: sizes, precision, device.
-        what: any of ``encoder``, ``step``, ``memory``, ``ratios``, ``segmentation``, ``loading``.
-        ratios: mask ratios of the last one.
+        request: network, sizes, precision, device.
+        what: any of ``encoder``, ``step``, ``memory``, ``ratios``, ``sweep``, ``segmentation``, ``loading``.
+        ratios: mask ratios of ``ratios``.
+        points: of ``sweep``; see :func:`nnunetv2_hyspark.benchmark.sweep.sweep_points`.
         log: takes a line.
 
     Returns:
         Plain values for JSON.
+
+    Raises:
+        ValueError: if a size, batch or mask ratio does not fit the network.
     """
+    check(request, what, ratios, points)
     device = torch.device(request.device)
+    top = ceilings(device)
     results: dict[str, Any] = {
         "request": asdict(request),
         "machine": {
@@ -165,23 +106,14 @@ def measure(request: Request, what: list[str], ratios: list[float], log: Callabl
         },
         "versions": package_versions(),
         "relative_differences": check_agreement(request),
-        "ceilings": ceilings(device),
+        "ceilings": top,
     }
-    top = results["ceilings"]["matmul_gflops"]
     if "encoder" in what:
         for name, backward in (("encoder_forward", False), ("encoder_forward_backward", True)):
-            runs = {v: make_encoder(request, v, backward) for v in VARIANTS}
-            timings = interleave(runs, request.repeats, request.budget, device)
-            gmac = {v: forward_gmac(run) for v, run in runs.items()} if not backward else None
-            results[name] = summary(timings, gmac, top)
+            results[name] = encoder(request, backward, top)
             log(table(name, results[name]))
     if "step" in what:
-        timings = interleave({v: make_step(request, v) for v in VARIANTS}, request.repeats, request.budget, device)
-        gmac = {}
-        for variant in VARIANTS:
-            model, image, visible = build(request, variant)
-            gmac[variant] = forward_gmac(functools.partial(model, image, visible))
-        results["step"] = summary(timings, gmac, top, passes=3)
+        results["step"] = training_step(request, top)
         log(table(f"training step ({request.step})", results["step"]))
     if "memory" in what:
         results["memory_gb"] = {
@@ -192,6 +124,9 @@ def measure(request: Request, what: list[str], ratios: list[float], log: Callabl
         results["by_mask_ratio"] = by_ratio(request, ratios, device)
         log("encoder forward+backward over its time with nothing hidden: "
             + ", ".join(f"{r}: {v:.3f} (1-r = {1 - float(r):.2f})" for r, v in results["by_mask_ratio"].items()))
+    if "sweep" in what:
+        results["sweep"] = sweep(points, top)
+        log(sweep_table(results["sweep"]))
     if "segmentation" in what:
         for name, training in (("finetuning_step", True), ("prediction", False)):
             results[name] = segmentation(request, training, top)
@@ -202,9 +137,32 @@ def measure(request: Request, what: list[str], ratios: list[float], log: Callabl
     return results
 
 
-def segmentation(request: Request, training: bool, top: float) -> dict[str, Any]:
+def encoder(request: Request, backward: bool, top: Mapping[str, float]) -> dict[str, Any]:
+    """The encoder's variants, forward or forward and backward."""
+    runs = {v: make_encoder(request, v, backward) for v in VARIANTS}
+    timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))
+    gb = {v: counted_gb(run) for v, run in runs.items()}
+    gmac = {v: forward_gmac(make_encoder(request, v, backward=False)) for v in VARIANTS}
+    return summary(timings, top, gmac, gb, passes=3 if backward else 1)
+
+
+def training_step(request: Request, top: Mapping[str, float]) -> dict[str, Any]:
+    """The variants' whole steps. Operations and bytes are counted as they run without ``torch.compile``."""
+    runs = {v: make_step(request, v) for v in VARIANTS}
+    timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))
+    del runs
+    gmac, gb = {}, {}
+    for variant in VARIANTS:
+        gb[variant] = counted_gb(make_step(replace(request, compile=False), variant))
+        model, image, visible = build(request, variant)
+        gmac[variant] = forward_gmac(functools.partial(model, image, visible))
+    return summary(timings, top, gmac, gb, passes=3)
+
+
+def segmentation(request: Request, training: bool, top: Mapping[str, float]) -> dict[str, Any]:
     """Forward and backward passes, or forwards alone, of whole segmentation networks on dense patches."""
-    image = torch.randn(request.batch, 1, *request.size, generator=torch.Generator().manual_seed(0)).to(request.device)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
 
     def make(network: Any) -> Callable[[], object]:
         network = network.to(request.device).train(training)
@@ -220,12 +178,13 @@ def segmentation(request: Request, training: bool, top: float) -> dict[str, Any]
 
         return run
 
-    made = networks(request.base_width)
+    made = networks(request)
     runs = {name: make(network) for name, network in made.items()}
     timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))
     gmac = {name: forward_gmac(run) for name, run in runs.items()}
-    rows = summary(timings, gmac, top, passes=3 if training else 1, reference="HySparKUNet")
-    voxels = image.numel()
+    gb = {name: counted_gb(run) for name, run in runs.items()}
+    rows = summary(timings, top, gmac, gb, passes=3 if training else 1, reference="HySparKUNet")
+    voxels = request.batch * volume(request.size)
     for name, row in rows.items():
         row["million_parameters"] = parameters(made[name])
         row["million_voxels_per_second"] = voxels / row["median_s"] / 1e6
@@ -235,25 +194,16 @@ def segmentation(request: Request, training: bool, top: float) -> dict[str, Any]
 def loading(request: Request) -> dict[str, Any]:
     """Crops per second from synthetic cases of twice the crop's edges, and the waiting of a step of 10 ms."""
     step_seconds = 0.01
-    grid = divide(request.size, cumulative_strides(PAPER_STRIDES)[-1], "crop of size")
     with tempfile.TemporaryDirectory() as folder:
         shape = as_size3(2 * edge for edge in request.size)
-        files = write_cases(Path(folder), 4, shape, request.size)
-        measured = measure_loading(files, request.size, grid, request.batch, (0, 1, 2, 4, 8), step_seconds)
+        files = write_cases(Path(folder), 4, shape, request.size, request.channels)
+        measured = measure_loading(files, request.size, request.grid, request.batch, (0, 1, 2, 4, 8), step_seconds)
     return {
         "case_voxels": list(shape), "step_seconds": step_seconds, "processors": os.cpu_count(), "by_workers": measured
     }
 
 
-def loading_table(figures: dict[str, Any]) -> str:
-    """Lines for the screen."""
-    lines = [f"loading, {figures['processors']} processors:", f"  {'workers':<9}{'crops/s':>9}{'waiting':>9}"]
-    for workers, row in figures["by_workers"].items():
-        lines.append(f"  {workers:<9}{row['crops_per_second']:>9.1f}{row['waiting_share']:>9.1%}")
-    return "\n".join(lines)
-
-
-def by_ratio(request: Request, ratios: list[float], device: torch.device) -> dict[str, float]:
+def by_ratio(request: Request, ratios: Sequence[float], device: torch.device) -> dict[str, float]:
     """Encoder forward and backward at each mask ratio over the same with every cell visible, in rounds."""
     model, image, visible = build(request, "blocks")
     generator = torch.Generator().manual_seed(0)
@@ -275,39 +225,6 @@ def by_ratio(request: Request, ratios: list[float], device: torch.device) -> dic
         runs[str(ratio)] = run_with(mask)
     timings = interleave(runs, request.repeats, request.budget, device)
     return {str(ratio): 1 / timings.ratio("0", str(ratio)) for ratio in ratios}
-
-
-def summary(
-    timings: Any, gmac: dict[str, float] | None, top: float, passes: int = 1, reference: str = "blocks"
-) -> dict[str, Any]:
-    """Medians, spread, ratios to the reference, counted operations and share of the matmul ceiling."""
-    rows = {}
-    for variant, median in timings.medians().items():
-        row = {
-            "median_s": median,
-            "min_s": min(timings.seconds[variant]),
-            "max_s": max(timings.seconds[variant]),
-            "repeats": len(timings.seconds[variant]),
-            f"ratio_to_{reference}": timings.ratio(variant, reference),
-        }
-        if gmac:
-            row["forward_gmac"] = gmac[variant]
-            row["share_of_matmul_ceiling"] = 2 * passes * gmac[variant] / median / top
-        rows[variant] = row
-    return rows
-
-
-def table(title: str, rows: dict[str, Any]) -> str:
-    """Lines for the screen."""
-    ratio = next(key for key in next(iter(rows.values())) if key.startswith("ratio_to_"))
-    against = f"x {ratio.removeprefix('ratio_to_')}"
-    head = f"  {'variant':<15}{'median s':>10}{'min':>9}{'max':>9}{against:>15}{'GMAC':>9}{'of peak':>9}"
-    lines = [f"{title}:", head]
-    for variant, row in rows.items():
-        extra = f"{row['forward_gmac']:>9.1f}{row['share_of_matmul_ceiling']:>9.0%}" if "forward_gmac" in row else ""
-        lines.append(f"  {variant:<15}{row['median_s']:>10.3f}{row['min_s']:>9.3f}{row['max_s']:>9.3f}"
-                     f"{row[ratio]:>15.2f}{extra}")
-    return "\n".join(lines)
 
 
 def processor_name() -> str:

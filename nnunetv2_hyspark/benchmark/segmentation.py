@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
 from ..networks.segmentation import HySparKUNet
-from ..networks.topology import PAPER_STRIDES, ArchitectureConfig, derive_arch_kwargs
+from .request import Request
 
 CLASSES = 4
-RESENC_BLOCKS = (1, 3, 4, 6, 6, 6)
-RESENC_WIDTHS = (32, 64, 128, 256, 320, 320)
+RESENC_STAGES = 6
+RESENC_STRIDES = (1, *[2] * (RESENC_STAGES - 1))
 
 
-def hyspark_unet(base_width: int) -> nn.Module:
-    """Our segmentation network with the paper's encoder (``base_width=32``), deep supervision on."""
-    config = ArchitectureConfig(base_width=base_width)
-    kwargs = derive_arch_kwargs(PAPER_STRIDES, [(3, 3, 3)] * len(PAPER_STRIDES), config)
-    return HySparKUNet(1, CLASSES, **kwargs, deep_supervision=True)
+def hyspark_unet(channels: int, arch_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Our segmentation network, deep supervision on."""
+    return HySparKUNet(channels, CLASSES, **arch_kwargs, deep_supervision=True)
 
 
-def residual_unet(base_width: int) -> nn.Module:
-    """nnU-Net's residual-encoder U-Net with the stages of its ResEnc-L plan, which has ``base_width=32``."""
-    widths = [base_width * width // RESENC_WIDTHS[0] for width in RESENC_WIDTHS]
-    n_stages = len(widths)
+def residual_unet(
+    base_width: int, channels: int = 1, strides: Sequence[Any] = RESENC_STRIDES, kernel_sizes: Any = 3
+) -> nn.Module:
+    """nnU-Net's residual-encoder U-Net as its planner would make it on these strides; with the default ones and
+    ``base_width=32`` its ResEnc-L plan."""
+    n_stages = len(strides)
+    widths = [min(base_width * 2**stage, 10 * base_width) for stage in range(n_stages)]
+    blocks = [1, 3, 4, *[6] * n_stages][:n_stages]
     return ResidualEncoderUNet(
-        1, n_stages, widths, nn.Conv3d, 3, [1, *[2] * (n_stages - 1)], list(RESENC_BLOCKS), CLASSES,
-        [1] * (n_stages - 1), conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
+        channels, n_stages, widths, nn.Conv3d, kernel_sizes, strides, blocks, CLASSES, [1] * (n_stages - 1),
+        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True,
     )
 
 
-def networks(base_width: int) -> dict[str, nn.Module]:
-    """What is compared, by name: ours, ResEnc-L, and ResEnc so narrow that it has about as many parameters as ours."""
+def networks(request: Request) -> dict[str, nn.Module]:
+    """What is compared, by name: ours and ResEnc-L, and ResEnc so narrow that it has about as many parameters as ours;
+    for a plan ours and ResEnc on the plan's strides, as wide at the finest scale."""
     torch.manual_seed(0)
+    ours = {"HySparKUNet": hyspark_unet(request.channels, request.arch_kwargs)}
+    if request.planned:
+        kwargs = request.arch_kwargs
+        return {
+            **ours,
+            "ResEnc": residual_unet(
+                kwargs["features_per_stage"][0], request.channels, kwargs["strides"], kwargs["kernel_sizes"]
+            ),
+        }
     return {
-        "HySparKUNet": hyspark_unet(base_width),
-        "ResEnc-L": residual_unet(base_width),
-        "ResEnc, narrow": residual_unet(3 * base_width // 8),
+        **ours,
+        "ResEnc-L": residual_unet(request.base_width),
+        "ResEnc, narrow": residual_unet(3 * request.base_width // 8),
     }
 
 

@@ -2,8 +2,8 @@
 
 The operation is its own kind of adjoint: the gradient of the input is again a submanifold convolution, with the kernel
 flipped and its channel axes swapped. So the backward pass gathers a halo of the output gradient instead of scattering,
-and nothing but the blocks themselves is kept for it. Where masked voxels are not zero but the block's nearest voxel, that
-symmetry is lost, and the gradient of the padded blocks is folded back.
+and nothing but the blocks themselves is kept for it. Where masked voxels are not zero but the block's nearest voxel,
+that symmetry is lost, and the gradient of the padded blocks is folded back.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
         "nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=size, timeout=timeout
     )
     yield
-    # what holds the group has to go first: gloo's threads may still have tensors to give back, and a thread that asks for
-    # the interpreter while it is being shut down ends the process with SIGABRT
+    # what holds the group has to go first: gloo's threads may still have tensors to give back, and a thread that asks
+    # for the interpreter while it is being shut down ends the process with SIGABRT
     gc.collect()
     dist.destroy_process_group()
 

@@ -1,0 +1,128 @@
+"""What to measure, and the runs that are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..geometry import Size3, cumulative_strides, divide
+from ..masking import count_visible
+from ..networks.topology import PAPER_STRIDES, ArchitectureConfig, derive_arch_kwargs
+from ..pretext.build import build_hyspark
+from ..pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
+from ..training.parameters import decay_groups
+from .plan import PlannedNetwork
+from .reference import dense_then_mask, official_like
+
+STEPS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "official": {"decoder_width": 768, "fuse_finest": False, "decoder_norm": "batch"},
+}
+"""Settings of pre-training by which a step differs from the plan's, or without a plan from the defaults."""
+
+VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {
+    "blocks": lambda model: model,
+    "dense": dense_then_mask,
+    "official-like": official_like,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: the paper's network, ``base_width`` wide, or that of a plan."""
+
+    size: Size3 = (96, 96, 96)
+    batch: int = 1
+    mask_ratio: float = 0.75
+    step: str = "default"
+    base_width: int = 32
+    device: str = "cpu"
+    precision: str = "float32"
+    compile: bool = False
+    repeats: int = 5
+    budget: float = 300.0
+    planned: PlannedNetwork | None = None
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.planned.channels if self.planned else 1
+
+    @property
+    def arch_kwargs(self) -> dict[str, Any]:
+        """Of :class:`nnunetv2_hyspark.networks.segmentation.HySparKUNet`."""
+        if self.planned:
+            return self.planned.arch_kwargs
+        config = ArchitectureConfig(base_width=self.base_width)
+        return derive_arch_kwargs(PAPER_STRIDES, [(3, 3, 3)] * len(PAPER_STRIDES), config)
+
+    @property
+    def pretraining(self) -> HySparKConfig:
+        """Settings of the step."""
+        return replace(self.planned.pretraining if self.planned else HySparKConfig(), **STEPS[self.step])
+
+    @property
+    def grid(self) -> Size3:
+        """Junction cells of a crop. Raises ValueError where the network's stride does not divide its size."""
+        return divide(self.size, cumulative_strides(self.arch_kwargs["strides"])[-1], "crop of size")
+
+    def check(self) -> None:
+        """Raises ValueError if no such step can be made."""
+        if self.batch < 1:
+            raise ValueError(f"the batch is {self.batch}; expected at least one crop per step.")
+        count_visible(self.grid, self.mask_ratio)
+
+
+def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.Tensor]:
+    """Network, image ``(B, C, D, H, W)`` and mask of a request, the same for every variant."""
+    torch.manual_seed(0)
+    model = build_hyspark(request.channels, request.arch_kwargs, request.pretraining)
+    model = VARIANTS[variant](model).to(request.device)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
+    visible = model.draw_mask(request.batch, request.size, request.mask_ratio, generator).to(request.device)
+    return model, image, visible
+
+
+def autocast(request: Request) -> Any:
+    """The precision's context."""
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[request.precision]
+    return torch.autocast(request.device, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def make_step(request: Request, variant: str) -> Callable[[], float]:
+    """A whole training step: zero_grad, forward, loss, backward, AdamW."""
+    model, image, visible = build(request, variant)
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=1e-4)
+    network = torch.compile(model) if request.compile else model
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(request):
+            reconstruction = network(image, visible)
+        loss = reconstruction_loss(image, reconstruction, visible)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def make_encoder(request: Request, variant: str, backward: bool) -> Callable[[], object]:
+    """The encoder alone, forward or forward and backward."""
+    model, image, visible = build(request, variant)
+
+    def run() -> object:
+        with torch.set_grad_enabled(backward):
+            with autocast(request):
+                layout = model.lay_out(visible)
+                features = model.encoder(layout.gather(image), layout)
+            if backward:
+                model.zero_grad(set_to_none=True)
+                sum(feature.float().square().mean() for feature in features).backward()
+        return features
+
+    return run

@@ -4,8 +4,9 @@
 
 The study's file says what is trained; see experiments/README.md. Every training is a piece: a finished one is never
 repeated, an interrupted one goes on, and ``--minutes`` stops before a new piece is begun, so that a study can be run
-in several goes; ``--arms`` leaves the other arms to another process beside this one. Results are added to experiments/results/NAME.json as they come. ``nnUNet_raw`` and
-``nnUNet_preprocessed`` as always; FOLDER takes the results and the logs.
+in several goes; ``--arms`` leaves the other arms to another process beside this one. Results are added to
+experiments/results/NAME.json as they come. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always; FOLDER takes the
+results and the logs.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _read_file(file: str) -> tuple[sitk.Image, bool]:
         raise ValueError("no such file")
     if os.path.getsize(file) == 0:
         raise ValueError("the file is empty")
-    size = check_nifti_is_whole(file) if file.lower().endswith((".nii", ".nii.gz")) else 0
+    size = check_nifti_is_whole(file, checksum=True) if file.lower().endswith((".nii", ".nii.gz")) else 0
     try:
         return sitk.ReadImage(file), True
     except RuntimeError as error:
@@ -97,10 +97,14 @@ def _read_file(file: str) -> tuple[sitk.Image, bool]:
         raise ValueError(last_line(error)) from None
 
 
-def check_nifti_is_whole(file: str | Path) -> int:
-    """Raise ValueError if a NIfTI file has fewer bytes than its header promises.
+def check_nifti_is_whole(file: str | Path, checksum: bool = False) -> int:
+    """Raise ValueError if a NIfTI file has fewer bytes than its header promises, or compressed ones are damaged.
 
     SimpleITK reads such files without a word and leaves the missing voxels undefined.
+
+    Args:
+        file: compressed or not.
+        checksum: uncompress it all to compare checksums; else a file that ends as it should is taken for whole.
 
     Returns:
         How many bytes it promises, uncompressed.
@@ -117,7 +121,7 @@ def check_nifti_is_whole(file: str | Path) -> int:
                 stream.seek(-4, os.SEEK_END)
                 # a gzip file ends with its uncompressed length: free, and wrong only for multi-part files
                 found = int.from_bytes(stream.read(4), "little")
-            complete = found == expected % 2**32
+            complete = found == expected % 2**32 and not checksum
             if not complete:
                 found = _uncompressed_size(file)
                 complete = found >= expected
@@ -129,6 +133,7 @@ def check_nifti_is_whole(file: str | Path) -> int:
 
 
 def _uncompressed_size(file: str | Path) -> int:
+    """Uncompress a file; raise OSError, EOFError or zlib.error if its checksum is wrong or it ends too early."""
     size = 0
     with gzip.open(file, "rb") as stream:
         while block := stream.read(1 << 22):

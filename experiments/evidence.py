@@ -28,7 +28,9 @@ Dice in percent, mean over the validation cases and structures, then over seeds 
 over seeds). HD95: 95th percentile of the surface distance, mm, over cases where both masks have voxels. p: two-sided
 Wilcoxon signed-rank test over validation cases, each case's Dice averaged over seeds, against the arm `{baseline}`.
 Steps to reach the baseline: the first epoch whose pseudo-Dice on validation patches, averaged over seeds, is at least
-the baseline's at its end.
+the baseline's at its end. Linear probe: Dice of a linear classifier on the frozen encoder's features, all scales
+together, fitted on half of `2 * probe_cases` labelled crops of `probe_dataset` and tested on the other half, while
+pre-training goes on.
 """
 BASELINE = "scratch"
 
@@ -92,6 +94,25 @@ def plot_curves(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[s
     return name
 
 
+def pretraining_table(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What the pre-trainings of a study took and gave; settings that all share stand above the table."""
+    if not runs:
+        return []
+    settings = [run["settings"] for run in runs.values()]
+    shared = {key: value for key, value in settings[0].items() if all(s.get(key) == value for s in settings)}
+    lines = [
+        "Pre-training: " + ", ".join(f"{key}={value}" for key, value in shared.items()) + ".", "",
+        "| pre-training | settings | minutes | reconstruction loss | linear probe, Dice |", "|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        own = ", ".join(f"{key}={value}" for key, value in run["settings"].items() if key not in shared)
+        probe = " → ".join(f"{100 * dice:.1f}" for dice in run.get("probe", [])) or "not asked for"
+        lines.append(
+            f"| `{name}` | {own} | {run['seconds'] / 60:.0f} | {run['summary']['loss']:.3f} | {probe} |"
+        )
+    return [*lines, ""]
+
+
 def section(results: dict[str, Any]) -> list[str]:
     """A study's table, costs and plot."""
     study, machine = results["study"], results["machine"]
@@ -107,6 +128,11 @@ def section(results: dict[str, Any]) -> list[str]:
         f"{machine['processors']} processors, {study['device']}; torch {machine['torch']}, nnunetv2 "
         f"{machine['nnunetv2']}, nnunetv2-hyspark {machine['nnunetv2-hyspark']}, Python {machine['python']}; "
         f"{seconds / 3600:.1f} hours in all.", "",
+    ]
+    lines += pretraining_table(results["pretraining"])
+    if not study["arms"]:
+        return lines
+    lines += [
         "| labelled cases | arm | Dice | difference | p | by structure | HD95, mm | seeds | minutes | steps to reach "
         "the baseline |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -133,13 +159,8 @@ def section(results: dict[str, Any]) -> list[str]:
                 f"| {count} | {arm} | {np.mean(dice):.1f}{spread} | {difference} | {p} | {structures} | {hd95} | "
                 f"{len(dice)} | {minutes:.1f} | {reached} |"
             )
-    lines += ["", "Pre-training: " + "; ".join(
-        f"`{name}` {run['seconds'] / 60:.0f} minutes, reconstruction loss {run['summary']['loss']:.3f} with "
-        + ", ".join(f"{key}={value}" for key, value in run["settings"].items())
-        for name, run in results["pretraining"].items()
-    ) + ".", ""]
     settings = ", ".join(f"{key}={value}" for key, value in study["finetuning"].items())
-    lines += [f"All arms: {settings}. Network: {json.dumps(study['architecture'])}.", "", "Per arm:", ""]
+    lines += ["", f"All arms: {settings}. Network: {json.dumps(study['architecture'])}.", "", "Per arm:", ""]
     lines += [f"- `{arm}`: {json.dumps(options)}" for arm, options in study["arms"].items()]
     if groups:
         lines += ["", f"![Learning curves]({plot_curves(study, groups, counts)})", ""]

@@ -42,6 +42,12 @@ def learning_curve(folder: Path) -> list[float]:
     return [curve[epoch] for epoch in sorted(curve)]
 
 
+def probe_dice(folder: Path) -> list[float]:
+    """Dice of every linear probe of a pre-training that named a ``probe_dataset``, in order, from its logs."""
+    logs = "".join(log.read_text(encoding="utf-8") for log in sorted(folder.glob("training_log_*.txt")))
+    return [float(dice) for dice in re.findall(r"linear probe: Dice (\d+\.?\d*)", logs)]
+
+
 def training_seconds(folder: Path) -> float:
     """Time of all epochs, from the training logs: without start-up, and whether or not the run was interrupted."""
     logs = "".join(log.read_text(encoding="utf-8") for log in sorted(folder.glob("training_log_*.txt")))

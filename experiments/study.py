@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scores import score_validation, training_seconds
+from scores import probe_dice, score_validation, training_seconds
 
 HERE = Path(__file__).parent
 PLANS = "nnUNetHySparKPlans"
@@ -42,7 +42,7 @@ class Study:
         plan: arguments of ``nnUNetv2_plan_and_preprocess``.
         architecture: settings of the network, fixed when it is planned.
         plan_edit: values that replace those of configuration 3d_fullres in HySparK's plans of both data sets.
-        pretraining: named pre-trainings, each with its settings.
+        pretraining: named pre-trainings, each with its settings; those that no arm names are run if there are no arms.
         finetuning: settings of every supervised training.
         arms: per arm ``trainer``, and where they apply ``weights`` (name of a pre-training), ``settings`` (added to
             ``finetuning``), ``plans`` and ``environment``.
@@ -192,6 +192,7 @@ class Runner:
                     "settings": self.study.pretraining[name],
                     "seconds": training_seconds(folder),
                     "summary": summary["mean"],
+                    "probe": probe_dice(folder),
                 }
         return folder / "checkpoint_final.pth"
 
@@ -225,6 +226,8 @@ class Runner:
     def run(self) -> bool:
         """Every piece, seed by seed; False if the time was up before the end."""
         self.prepare()
+        if not self.study.arms:
+            return all(self.pretrain(name) is not None for name in self.study.pretraining)
         return all(
             self.piece(arm, fold, seed)
             for seed in self.study.seeds

@@ -46,6 +46,12 @@ def test_learning_curve_is_read_from_the_log_and_a_repeated_epoch_counts_once(sc
     assert script("scores").training_seconds(tmp_path) == 5.5
 
 
+def test_probes_are_read_from_the_log(script, tmp_path):
+    (tmp_path / "training_log_1.txt").write_text("x: linear probe: Dice 0.1250\nx: other\nx: linear probe: Dice 0.5\n")
+    assert script("scores").probe_dice(tmp_path) == [0.125, 0.5]
+    assert script("scores").probe_dice(tmp_path / "nothing") == []
+
+
 def test_scores_of_a_validation(script, tmp_path):
     labels = np.zeros((8, 8, 8), np.uint8)
     labels[2:6, 2:6, 2:6] = 1
@@ -76,6 +82,18 @@ def test_comparison_pairs_cases_and_common_seeds(script):
     points, p = compare(ours, theirs)
     assert points == pytest.approx(10) and p < 0.01
     assert compare(theirs, theirs) == (0.0, 1.0)
+
+
+def test_pretrainings_are_compared_by_what_differs(script):
+    run = {"seconds": 90.0, "summary": {"loss": 0.7}}
+    lines = script("evidence").pretraining_table({
+        "a": {**run, "settings": {"epochs": 3, "mask_ratio": 0.5}, "probe": [0.25, 0.5]},
+        "b": {**run, "settings": {"epochs": 3, "mask_ratio": 0.75}},
+    })
+    assert lines[0] == "Pre-training: epochs=3."
+    assert "| `a` | mask_ratio=0.5 | 2 | 0.700 | 25.0 → 50.0 |" in lines
+    assert "| `b` | mask_ratio=0.75 | 2 | 0.700 | not asked for |" in lines
+    assert script("evidence").pretraining_table({}) == []
 
 
 def test_folds_are_the_subsets_smallest_first(script):

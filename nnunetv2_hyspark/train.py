@@ -47,6 +47,10 @@ def check(options: argparse.Namespace) -> int | str:
     """Returns the fold. Raises ValueError for arguments that contradict each other, and for a fold that is none."""
     if options.c and options.val:
         raise ValueError("--c and --val are both given; --c goes on training, --val only validates, so give one.")
+    if options.c and options.pretrained_weights is not None:
+        raise ValueError(
+            "--c and -pretrained_weights are both given; a run that goes on has its weights already, so give one."
+        )
     if options.val_best and options.disable_checkpointing:
         raise ValueError("--val_best needs checkpoints, but --disable_checkpointing is given; leave one out.")
     if options.fold == "all":
@@ -71,6 +75,8 @@ def train(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("RANK", "0")) > 0:
+        os.environ["nnUNet_wandb_enabled"] = "0"  # one run of Weights & Biases, not one per process
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with process_group(device, timedelta(minutes=TIMEOUT_MINUTES)) if launched else nullcontext():
         train_and_validate(options, fold, device)
@@ -89,7 +95,7 @@ def train_and_validate(options: argparse.Namespace, fold: int | str, device: tor
     trainer.disable_checkpointing = options.disable_checkpointing
     # processes that torchrun started again go on where they were, if they had come to write a checkpoint
     goes_on = options.c or restarted and bool(checkpoints_in(trainer.output_folder))
-    weights = options.pretrained_weights if options.c or not goes_on else None
+    weights = None if goes_on else options.pretrained_weights
     maybe_load_checkpoint(trainer, goes_on, options.val, weights)
     if not options.val:
         trainer.run_training()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,10 @@ from nnunetv2.utilities.helpers import dummy_context
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_hyspark.networks.segmentation import HySparKUNet
-from nnunetv2_hyspark.training.checkpoints import checkpoints_in
+from nnunetv2_hyspark.training.checkpoints import LATEST, checkpoints_in
+from nnunetv2_hyspark.training.distributed import any_process, only_on_first
 from nnunetv2_hyspark.training.finetuning import is_frozen, parameter_groups
+from nnunetv2_hyspark.training.refused_load import write_refusal
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
 from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
 from nnunetv2_hyspark.transfer.loading import load_pretrained_encoder
@@ -33,6 +36,7 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         """nnU-Net's; ``-pretrained_weights`` is handed to HySparK's loader by the start-up hook."""
         super().initialize()
         self.weights_were_loaded = False
+        self.bad_steps_in_a_row = 0
         network = unwrap(self.network)
         if isinstance(network, HySparKUNet):
             network.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
@@ -43,12 +47,12 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         and as ``load_report.json`` beside it."""
         options = self.settings.finetuning
         report = load_pretrained_encoder(
-            unwrap(self.network), filename, options.allow_partial, options.adapt_channels
+            unwrap(self.network), filename, options.allow_partial, options.adapt_channels,
+            functools.partial(write_refusal, self),
         )
         self.weights_were_loaded = True
         self.print_to_log_file(report.table(), add_timestamp=False)
-        if self.local_rank == 0:
-            report.write_json(Path(self.output_folder) / "load_report.json")
+        self.write_load_report(report)
 
     def load_remembered(self) -> None:
         """Loads the checkpoint that the plans remember, unless weights were loaded by ``-pretrained_weights``.
@@ -142,8 +146,54 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
             loss = self.loss(self.network(data), target)
-        self.backward_and_step(loss, self.settings.finetuning.gradient_clip)
-        return {"loss": np.asarray(loss.detach().cpu())}
+        skipped = self.backward_and_step(loss, batch)
+        self.leave_if_asked()
+        return {"loss": np.asarray(loss.detach().cpu()), "skipped": skipped}
+
+    def backward_and_step(self, loss: torch.Tensor, batch: dict) -> bool:
+        """One optimizer step, or none if the gradients are not finite; returns whether it was skipped for that.
+
+        Overflow of half precision, which the gradient scaler mends, does not count. All processes have the same
+        gradients, so they do the same.
+
+        Raises:
+            RuntimeError: after ``max_bad_steps`` steps in a row without finite gradients; the weights are saved.
+        """
+        options = self.settings.finetuning
+        self.backward(loss)
+        norm = float(self.clip_gradients(options.gradient_clip))
+        if math.isfinite(norm):
+            self.update_weights()
+            self.bad_steps_in_a_row = 0
+            return False
+        loss_is_finite = not any_process(not bool(torch.isfinite(loss)), self.device)
+        is_overflow = loss_is_finite and self.scale_may_fall()
+        self.update_weights(skip=True)
+        if is_overflow:
+            return False
+        self.bad_steps_in_a_row += 1
+        cases = ", ".join(map(str, batch.get("keys", ())))
+        self.print_to_log_file(
+            f"WARNING: the gradients of step {self.step_in_epoch - 1} of this epoch are not finite (loss "
+            f"{loss.item():.4g}, cases {cases}); the step is skipped."
+        )
+        if self.bad_steps_in_a_row >= options.max_bad_steps:
+            only_on_first(lambda: self.save_checkpoint(str(self.folder / LATEST)))
+            where = "" if self.disable_checkpointing else f" the weights from before are in {self.folder / LATEST};"
+            raise RuntimeError(
+                f"the gradients were not finite in {self.bad_steps_in_a_row} steps in a row, the last one step "
+                f"{self.step_in_epoch - 1} of epoch {self.current_epoch} with cases {cases};{where} look at these "
+                f"cases, lower learning_rate, and go on with --c."
+            )
+        return True
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """nnU-Net's, with the mean loss of the steps that were not skipped."""
+        skipped = sum(output["skipped"] for output in train_outputs)
+        if skipped:
+            self.print_to_log_file(f"{skipped} of {len(train_outputs)} steps were skipped")
+        done = [output for output in train_outputs if not output["skipped"]] or train_outputs
+        super().on_train_epoch_end([{"loss": output["loss"]} for output in done])
 
 
 class HySparKScratchTrainer(HySparKFinetuneTrainer):

@@ -31,6 +31,7 @@ from nnunetv2_hyspark.training.parameters import decay_groups
 from nnunetv2_hyspark.training.previews import Previews, spread_evenly
 from nnunetv2_hyspark.training.probe import LinearProbe, load_labelled_crops
 from nnunetv2_hyspark.training.progress import PretrainingLog, remaining_time
+from nnunetv2_hyspark.training.refused_load import write_refusal
 from nnunetv2_hyspark.training.resumable import ResumableTrainer
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
 from nnunetv2_hyspark.training.tensorboard import TensorBoardLogger
@@ -114,10 +115,9 @@ class HySparKPretrainTrainer(ResumableTrainer):
     def load_pretrained(self, filename: str) -> None:
         """Goes on from another pre-training, or from an imported file: loads its encoder, and its reconstruction
         decoder where that fits; the report goes into the log and into ``load_report.json``."""
-        report = load_pretraining(self.model, filename)
+        report = load_pretraining(self.model, filename, functools.partial(write_refusal, self))
         self.print_to_log_file(report.table(), add_timestamp=False)
-        if self.local_rank == 0:
-            report.write_json(Path(self.output_folder) / "load_report.json")
+        self.write_load_report(report)
 
     @staticmethod
     def build_network_architecture(
@@ -219,7 +219,12 @@ class HySparKPretrainTrainer(ResumableTrainer):
             )
             self.probe = LinearProbe(crops, self.device)
         if options.tensorboard and self.rank == 0:
-            self.logger.loggers.append(TensorBoardLogger(self.output_folder))
+            board = TensorBoardLogger(self.output_folder)
+            board.update_config({
+                "settings": self.settings.as_dict(self.stage),
+                "configuration": self.configuration_manager.configuration,
+            })
+            self.logger.loggers.append(board)
         grid = encoder.grid(self.patch_size)
         parameters = sum(p.numel() for p in encoder.parameters())
         self.print_to_log_file(
@@ -289,9 +294,16 @@ class HySparKPretrainTrainer(ResumableTrainer):
         self.print_to_log_file(f"train_loss {last['train_losses']:.4f}")
         self.print_to_log_file(f"val_loss {last['val_losses']:.4f}")
         self.print_to_log_file(
-            f"gradient norm {last['gradient_norms']:.3g}, {last['crops_per_second']:.3g} crops/s, "
-            f"{last['waiting_for_data']:.0%} of the time waiting for data, {last['peak_memory_gb']:.2f} GB at most, "
-            f"effective rank {last['effective_rank']:.1f}"
+            f"gradient norm {last['gradient_norms']:.3g}, {last['clipped_steps']:.0%} of the steps clipped, "
+            f"{last['skipped_steps']:.0f} skipped, weight decay {last['weight_decays']:g}"
+        )
+        self.print_to_log_file(
+            f"{last['crops_per_second']:.2f} crops/s, {last['waiting_for_data']:.0%} of the time waiting for data, "
+            f"{last['peak_memory_gb']:.2f} GB at most, {last['background_crops']:.0%} of the crops background only"
+        )
+        self.print_to_log_file(
+            f"effective rank {last['effective_rank']:.1f}, deviation of the prediction "
+            f"{last['reconstruction_deviation']:.3f}"
         )
         duration = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
         left = remaining_time(log["epoch_start_timestamps"], log["epoch_end_timestamps"], self.num_epochs - epoch - 1)

@@ -104,7 +104,8 @@ def signs_of_trouble(log: Mapping[str, Sequence[float]], peak_rate: float) -> di
     background = np.nanmean(recent["background_crops"])
     if background > MAX_BACKGROUND:
         signs["background"] = (
-            f"{background:.0%} of the crops hold background only; crop the images to the body (hyspark prepare does)."
+            f"{background:.0%} of the crops hold background only; make the data set with hyspark prepare, whose mask "
+            f"steers crops to the body, or raise foreground_fraction."
         )
     waiting = np.nanmean(recent["waiting_for_data"])
     if waiting > MAX_WAITING:

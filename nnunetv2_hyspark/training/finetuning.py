@@ -37,6 +37,9 @@ class FinetuningConfig:
     gradient_clip: float = field(default=12.0, metadata={"range": (0.0, 1e9), "open": True, "help": "largest norm"})
     batch_size: int = field(default=0, metadata={"range": (0, 4096), "help": "patches per step; 0: the plan's"})
     save_every: int = field(default=50, metadata={"range": (1, 10**6), "help": "epochs between checkpoint_latest"})
+    max_bad_steps: int = field(
+        default=10, metadata={"range": (1, 10**6), "help": "steps in a row without finite gradients that end a run"}
+    )
     allow_partial: bool = field(
         default=False,
         metadata={"help": "load what fits of pre-trained weights that do not cover the encoder (other depth, width, "

@@ -16,7 +16,7 @@ class NonFiniteGuard:
     """Counts steps in a row without a finite loss.
 
     Args:
-        folder: where batches are stored, the first ten of a run.
+        folder: where batches are stored, the first ten of a run and process.
         limit: steps in a row that end the run.
         log: takes a line.
     """
@@ -55,7 +55,7 @@ class NonFiniteGuard:
         where = "its batch is not stored, the first ten are"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if len(list(self.folder.glob("*.json"))) < MAX_STORED:
+            if len(list(self.folder.glob(f"*_rank_{rank}.json"))) < MAX_STORED:
                 path.write_text(json.dumps(record, indent=2))
                 torch.save({"data": batch["data"].cpu(), "visible": batch["visible"].cpu()}, path.with_suffix(".pt"))
                 where = f"its batch is in {path}"

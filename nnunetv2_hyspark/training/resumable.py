@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from time import monotonic, perf_counter
 from typing import Any
@@ -90,7 +91,7 @@ class ResumableTrainer(HySparKTrainer):
             self.on_validation_epoch_start()
             outputs = []
             for _ in range(self.num_val_iterations_per_epoch):
-                outputs.append(self.validation_step(next(self.dataloader_val)))
+                outputs.append(self.validation_step(self._next_batch(self.dataloader_val)))
                 if self.asked_to_stop:
                     self.save_and_leave()
             self.on_validation_epoch_end(outputs)
@@ -98,15 +99,18 @@ class ResumableTrainer(HySparKTrainer):
 
     def _timed_batch(self) -> dict[str, Any]:
         self._clock = perf_counter()
+        batch = self._next_batch(self.dataloader_train)
+        self.so_far.waited += perf_counter() - self._clock
+        return batch
+
+    def _next_batch(self, loader: Iterator[dict[str, Any]]) -> dict[str, Any]:
         try:
-            batch = next(self.dataloader_train)
+            return next(loader)
         except (RuntimeError, ValueError):
             # nothing is wrong with the weights
             if self.stop.received is None and self.step:
                 self.try_to_save(LATEST)
             raise
-        self.so_far.waited += perf_counter() - self._clock
-        return batch
 
     def _save_or_leave(self) -> None:
         self.so_far.seconds += perf_counter() - self._clock
@@ -172,7 +176,7 @@ class ResumableTrainer(HySparKTrainer):
             self.guard.passed()
             self.so_far.losses.append(loss_value)
             self.so_far.gradient_norms.append(norm_value)
-        elif math.isfinite(loss_value) and self._scale_may_fall():
+        elif math.isfinite(loss_value) and self.scale_may_fall():
             self.update_weights(skip=True)
         else:
             self.update_weights(skip=True)
@@ -182,10 +186,6 @@ class ResumableTrainer(HySparKTrainer):
         self.so_far.own_crops += len(batch["keys"])
         self.so_far.background += batch["background"]
         return {"loss": loss_value, "gradient_norm": norm_value}
-
-    def _scale_may_fall(self) -> bool:
-        """Whether gradients that overflow are the scale's fault: half precision begins with too large a one."""
-        return self.grad_scaler is not None and self.grad_scaler.get_scale() > 1
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """Loss of a fixed batch, in the parts of a training step."""

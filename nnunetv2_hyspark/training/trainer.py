@@ -22,7 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..networks.topology import architecture_of
 from ..transfer.description import describe, fingerprint_digest
 from ..transfer.reading import read_checkpoint
-from ..user_errors import show_user_errors_as_sentences
+from ..transfer.rebuilding import reason_of
+from ..transfer.report import LoadReport
+from ..user_errors import is_user_error, show_user_errors_as_sentences
 from .checkpoints import (
     LATEST,
     checkpoints_in,
@@ -38,7 +40,7 @@ from .random_state import capture_random_state, restore_random_state
 from .settings import Stage, resolve_settings
 from .signals import StopSignals
 
-RESULTS = ("progress.png", "previews", "incidents", "validation", "debug.json")
+RESULTS = ("progress.png", "previews", "incidents", "validation", "debug.json", "load_report.json", "tensorboard")
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -201,6 +203,13 @@ class HySparKTrainer(nnUNetTrainer):
                 f"{earlier}. To go on with a run instead, give --c."
             )
 
+    def write_load_report(self, report: LoadReport) -> None:
+        """Writes ``load_report.json``; weights are loaded before the training starts, so an earlier run goes first."""
+        if not self.continue_training:
+            only_on_first(self._set_earlier_run_aside)
+        if self.local_rank == 0:
+            report.write_json(self.folder / "load_report.json")
+
     def on_epoch_start(self) -> None:
         """nnU-Net's; a checkpoint written from now on says that this epoch is not done."""
         super().on_epoch_start()
@@ -334,6 +343,18 @@ class HySparKTrainer(nnUNetTrainer):
                 checkpoint = self._read_most_advanced(Path(checkpoint))
             else:
                 checkpoint = read_checkpoint(checkpoint)
+        try:
+            self._restore(checkpoint)
+        except Exception as error:  # a checkpoint without its entries, or with others in their place, raises anything
+            if is_user_error(error) or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"the checkpoint to continue from does not describe a run of this trainer ({reason_of(error)}); take "
+                f"another one of that run, or start a new one without --c."
+            ) from error
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over weights, log, optimizer and random state; raises anything if the checkpoint makes no sense."""
         network = unwrap(self.network)
         expected = network.state_dict()
         weights = {name: tensor for name, tensor in checkpoint["network_weights"].items() if name in expected}
@@ -345,7 +366,10 @@ class HySparKTrainer(nnUNetTrainer):
             )
         network.load_state_dict(weights)
         self.my_init_kwargs = {**self.my_init_kwargs, "fold": checkpoint["init_args"]["fold"]}
-        self.logger.load_checkpoint(checkpoint["logging"])
+        log = checkpoint["logging"]
+        if not isinstance(log, dict) or not all(isinstance(values, list) for values in log.values()):
+            raise TypeError("its log is not one list of numbers per quantity")
+        self.logger.load_checkpoint(log)
         self._best_ema = checkpoint["_best_ema"]
         axes = checkpoint.get("inference_allowed_mirroring_axes")
         self.inference_allowed_mirroring_axes = tuple(axes) if axes is not None else None
@@ -432,11 +456,6 @@ class HySparKTrainer(nnUNetTrainer):
         elif not skip:
             self.optimizer.step()
 
-    def backward_and_step(self, loss: torch.Tensor, max_norm: float) -> float:
-        """One optimizer step; returns the gradient norm before clipping. Leaves if a signal has come."""
-        self.backward(loss)
-        norm = self.clip_gradients(max_norm)
-        self.update_weights()
-        value = float(norm)
-        self.leave_if_asked()
-        return value
+    def scale_may_fall(self) -> bool:
+        """Whether gradients that overflow are the scale's fault: half precision begins with too large a one."""
+        return self.grad_scaler is not None and self.grad_scaler.get_scale() > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
 from io import StringIO
@@ -18,13 +18,22 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from ..configuration import check_value
 from ..geometry import Size3, as_size3
 from ..pretext.build import build_hyspark
 from ..pretext.hyspark import HySparK, HySparKConfig
+from ..transfer.description import as_mapping
 from ..transfer.reading import network_weights, read_checkpoint
+from ..transfer.rebuilding import check_description, reason_of
 from .reconstruction import Reconstruction, reconstruct
 
 FEWEST_FOR_FIT = 2
+
+LARGEST_PATCH = 1024
+"""Voxels per axis of a patch that a checkpoint may ask for."""
+
+LARGEST_SPACING = 1e5
+"""mm; nothing imaged is sampled that coarsely."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +72,61 @@ def load_pretrained_model(filename: str | os.PathLike[str], device: torch.device
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or was not written by pre-training.
+        ValueError: if it is damaged, was not written by pre-training, or does not describe its network.
     """
     checkpoint = read_checkpoint(filename)
     description = checkpoint.get("hyspark")
     if not isinstance(description, dict) or description.get("kind") != "pretraining" or "init_args" not in checkpoint:
         raise ValueError(f"{filename} is not a checkpoint of HySparKPretrainTrainer; give one that pre-training wrote.")
-    arguments = checkpoint["init_args"]
-    plans = PlansManager(arguments["plans"])
+    weights = network_weights(checkpoint, filename)
+    try:
+        return _rebuild(checkpoint["init_args"], weights, device)
+    except Exception as error:  # what a damaged description makes nnU-Net and torch raise has no common ancestor
+        raise ValueError(
+            f"{filename} does not describe its network ({reason_of(error)}); expected the plans and settings that "
+            f"pre-training writes, so use another copy of it."
+        ) from None
+
+
+def _rebuild(
+    arguments: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device
+) -> PretrainedModel:
+    """The model from a trainer's ``init_args`` and weights; raises anything where they make no sense."""
+    plans = PlansManager(dict(as_mapping(arguments["plans"])))
     configuration = plans.get_configuration(arguments["configuration"])
-    known = {field.name for field in fields(HySparKConfig)}
     stored = configuration.configuration["hyspark"]["pretraining"]
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key in known
+    values = {
+        field.name: check_value(field, stored[field.name], field.name, "the checkpoint")
+        for field in fields(HySparKConfig)
+        if field.name in stored
     }
     options = HySparKConfig(**values)
     channels = determine_num_input_channels(plans, configuration, arguments["dataset_json"])
-    network = build_hyspark(channels, configuration.network_arch_init_kwargs, options)
-    weights = network_weights(checkpoint, filename)
-    network.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("decoder.")})
-    return PretrainedModel(network.to(device).eval(), plans, configuration, arguments["dataset_json"], options)
+    kwargs = configuration.network_arch_init_kwargs
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("decoder.")}
+    check_description(lambda: build_hyspark(channels, kwargs, options), kwargs, kept, ("",))
+    network = build_hyspark(channels, kwargs, options)
+    network.load_state_dict(kept)
+    model = PretrainedModel(network.to(device).eval(), plans, configuration, arguments["dataset_json"], options)
+    _check_preparation(model, channels)
+    return model
+
+
+def _check_preparation(model: PretrainedModel, channels: int) -> None:
+    """Raises ValueError, or anything, if the plan does not say how to prepare an image for the network."""
+    plans, configuration = model.plans, model.configuration
+    model.network.encoder.grid(model.patch_size)
+    if max(model.patch_size) > LARGEST_PATCH:
+        raise ValueError(f"its patch size is {model.patch_size}, at most {LARGEST_PATCH} voxels per axis are expected")
+    forward, backward = list(plans.transpose_forward), list(plans.transpose_backward)
+    if sorted(forward) != [0, 1, 2] or [forward[axis] for axis in backward] != [0, 1, 2]:
+        raise ValueError(f"its axes are transposed by {forward} and back by {backward}")
+    spacing = [float(edge) for edge in configuration.spacing]
+    if len(spacing) != 3 or not all(0 < edge < LARGEST_SPACING for edge in spacing):
+        raise ValueError(f"its spacing is {spacing} mm")
+    for key in ("normalization_schemes", "use_mask_for_norm"):
+        if len(getattr(configuration, key)) != channels:
+            raise ValueError(f"its {key} are {getattr(configuration, key)} for {channels} channel(s)")
 
 
 def prepare_image(model: PretrainedModel, files: Sequence[str | os.PathLike[str]]) -> PreparedImage:
@@ -125,10 +169,15 @@ def prepare_image(model: PretrainedModel, files: Sequence[str | os.PathLike[str]
         # nnU-Net marks 2D images with a huge spacing, which a 3D plan would take literally
         axis = list(model.plans.transpose_forward).index(0)
         properties["spacing"] = [model.configuration.spacing[axis], *list(properties["spacing"])[1:]]
-    preprocessor = model.configuration.preprocessor_class(verbose=False)
-    data, _, properties = preprocessor.run_case_npy(
-        raw, None, properties, model.plans, model.configuration, model.dataset_json
-    )
+    try:
+        preprocessor = model.configuration.preprocessor_class(verbose=False)
+        data, _, properties = preprocessor.run_case_npy(
+            raw, None, properties, model.plans, model.configuration, model.dataset_json
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the plan in the checkpoint cannot prepare {paths[0]} ({reason_of(error)}); use another copy of it."
+        ) from error
     return PreparedImage(np.asarray(data, dtype=np.float32), raw, properties)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def load_pretrained_encoder(
     filename: str | os.PathLike[str],
     allow_partial: bool = False,
     channels: Sequence[int] = (),
+    on_refusal: Callable[[LoadReport], None] | None = None,
 ) -> LoadReport:
     """Reads a checkpoint file and loads its encoder; see :func:`load_encoder`.
 
@@ -43,10 +44,16 @@ def load_pretrained_encoder(
     description = description_of(checkpoint)
     trained = ("decoder.",) if description.get("kind") != "pretraining" else ()
     weights = network_weights(checkpoint, filename)
-    return load_encoder(network, weights, str(filename), description, allow_partial, channels, trained)
+    return load_encoder(
+        network, weights, str(filename), description, allow_partial, channels, trained, on_refusal=on_refusal
+    )
 
 
-def load_pretraining(network: nn.Module, filename: str | os.PathLike[str]) -> LoadReport:
+def load_pretraining(
+    network: nn.Module,
+    filename: str | os.PathLike[str],
+    on_refusal: Callable[[LoadReport], None] | None = None,
+) -> LoadReport:
     """Reads a checkpoint file to go on pre-training: the encoder, and the reconstruction decoder where it fits.
 
     Raises:
@@ -58,7 +65,7 @@ def load_pretraining(network: nn.Module, filename: str | os.PathLike[str]) -> Lo
     weights = network_weights(checkpoint, filename)
     return load_encoder(
         network, weights, str(filename), description, optional=("reconstruction.",),
-        advice="plan the data set for the network of that checkpoint, or go on without it",
+        advice="plan the data set for the network of that checkpoint, or go on without it", on_refusal=on_refusal,
     )
 
 
@@ -71,6 +78,7 @@ def load_encoder(
     channels: Sequence[int] = (),
     optional: tuple[str, ...] = (),
     advice: str = "plan the data set like the pre-training one, or set finetuning.allow_partial=true to take what fits",
+    on_refusal: Callable[[LoadReport], None] | None = None,
 ) -> LoadReport:
     """Copies every ``encoder.*`` tensor into the network, adapted to its input channels and kernel sizes.
 
@@ -84,6 +92,8 @@ def load_encoder(
         channels: see :func:`nnunetv2_hyspark.transfer.adaptation.adapt_channels`.
         optional: prefixes of other parts that are loaded where they fit.
         advice: what to do where the two encoders differ, for the message.
+        on_refusal: called with all entries, none of them loaded, before a source that does not cover the encoder is
+            refused; the message names only some.
 
     Returns:
         What was loaded, adapted, left fresh and skipped.
@@ -106,6 +116,10 @@ def load_encoder(
     hidden = hidden_differences(network, description or {})
     problems = plan.problems() + [text for _, text in hidden]
     if problems and not allow_partial:
+        if on_refusal is not None:
+            report.notes += [f"refused, nothing was loaded: {problem}" for problem in problems]
+            report.entries += plan.refused()
+            on_refusal(report)
         raise ValueError(
             f"{source} does not cover this network's encoder ({'; '.join(problems)}); {advice}."
         )
@@ -203,6 +217,15 @@ class _Plan:
             else:
                 entries[name] = Entry(name, "fresh", None, shape, "not in the file")
         return update, entries
+
+    def refused(self) -> list[Entry]:
+        """What to report if nothing of it is carried out."""
+        _, entries = self.carry_out()
+        fits = "fits, but the load was refused"
+        return [
+            Entry(name, "fresh", entry.source_shape, entry.target_shape, fits if name in self.fitted else entry.reason)
+            for name, entry in entries.items()
+        ] + self.skipped()
 
     def skipped(self) -> list[Entry]:
         """What of the source is not used."""

@@ -28,11 +28,22 @@ import functools, os, signal, sys
 from pathlib import Path
 import torch
 from nnunetv2_hyspark import train
+from nnunetv2_hyspark.training.previews import Previews
 from nnunetv2_hyspark.trainers.HySparKPretrainTrainer import HySparKPretrainTrainer as Trainer
 
 step, build, validate, move = (
     Trainer.train_step, Trainer.build_network_architecture, Trainer.perform_actual_validation, Trainer.to_device
 )
+
+class Double:
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, image, visible):
+        return self.network(image.double(), visible).float()
+
+    def __getattr__(self, name):
+        return getattr(self.network, name)
 
 def train_step(self, batch):
     died = Path("died")
@@ -46,6 +57,8 @@ if os.environ.get("DOUBLE"):
     doubled = functools.wraps(build)(lambda *args: build(*args).double())  # nnU-Net looks at the signature
     Trainer.build_network_architecture = staticmethod(doubled)
     Trainer.to_device = lambda self, batch: move(self, {**batch, "data": batch["data"].double()})
+    draw = Previews.draw
+    Previews.draw = lambda self, network, *args: draw(self, Double(network), *args)
     Trainer.perform_actual_validation = lambda self, *args: (self.network.float(), validate(self, *args))
 train.main(sys.argv[1:])
 """
@@ -131,8 +144,9 @@ def difference(a: Path, b: Path) -> float:
 
 def test_two_processes_equal_one(runs: Runs) -> None:
     # in double precision, because Adam turns the rounding of a gradient that is zero into a whole step
-    runs.finish(runs.start("one", DOUBLE="1"), "one")
-    runs.finish(runs.start("two", processes=2, DOUBLE="1"), "two")
+    pictures = "preview_every=1,preview_cases=3"
+    runs.finish(runs.start("one", settings=pictures, DOUBLE="1"), "one")
+    runs.finish(runs.start("two", processes=2, settings=pictures, DOUBLE="1"), "two")
     runs.finish(runs.start("parts", processes=2, settings="accumulate=2", DOUBLE="1"), "parts")
     assert difference(runs.fold("one"), runs.fold("two")) < 1e-5
     assert difference(runs.fold("one"), runs.fold("parts")) < 1e-5
@@ -143,6 +157,11 @@ def test_two_processes_equal_one(runs: Runs) -> None:
         c["case"] for c in summaries[1]["metric_per_case"]
     ]
     assert abs(summaries[0]["mean"]["loss"] - summaries[1]["mean"]["loss"]) < 1e-5
+    first, second = (
+        sorted(str(path.relative_to(runs.fold(name))) for path in (runs.fold(name) / "previews").rglob("*"))
+        for name in ("one", "two")
+    )
+    assert first == second and sum("epoch_" in name for name in first) >= 6
 
 
 def test_a_rank_that_dies_ends_all_with_a_message(runs: Runs) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -41,6 +43,7 @@ def test_one_process() -> None:
     ("arguments", "message"),
     [
         (["--c", "--val"], "give one"),
+        (["--c", "-pretrained_weights", "x.pth"], "has its weights already"),
         (["--val_best", "--disable_checkpointing"], "leave one out"),
         (["-fold", ""], "unrecognized"),
     ],
@@ -49,6 +52,21 @@ def test_wrong_arguments_end_with_status_2(arguments: list[str], message: str, c
     with pytest.raises(SystemExit) as left:
         train.main(["1", "3d_fullres", "0", *arguments])
     assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "enabled"), [(None, "1"), ("0", "1"), ("1", "0"), ("9", "0")])
+def test_only_the_first_process_opens_a_run_of_weights_and_biases(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, enabled: str
+) -> None:
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    seen = []
+    monkeypatch.setattr(train, "train_and_validate", lambda *_: seen.append(os.environ["nnUNet_wandb_enabled"]))
+    train.train(train.parser().parse_args(["1", "3d_fullres", "0", "-device", "cpu"]))
+    assert seen == [enabled]
 
 
 def test_fold() -> None:

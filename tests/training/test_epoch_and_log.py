@@ -10,6 +10,7 @@ import torch
 
 from nnunetv2_hyspark.training.diagnosis import effective_rank, new_signs, signs_of_trouble
 from nnunetv2_hyspark.training.epoch import EpochSoFar
+from nnunetv2_hyspark.training.incidents import MAX_STORED, NonFiniteGuard
 from nnunetv2_hyspark.training.progress import KEYS, PretrainingLog, remaining_time
 
 
@@ -109,3 +110,20 @@ def test_no_alarm_at_the_end_of_the_schedule_nor_at_the_start() -> None:
 def test_a_rising_loss() -> None:
     log = {**healthy(), "train_losses": [0.5 + 0.02 * e for e in range(40)]}
     assert set(signs_of_trouble(log, 1e-4)) == {"rising"}
+
+
+def test_every_process_stores_its_own_first_batches(tmp_path: Path) -> None:
+    lines: list[str] = []
+    batch = {
+        "keys": ["a"], "corners": [(0, 0, 0)], "flips": [()], "mask_seeds": [1], "data": torch.zeros(1, 1, 2, 2, 2),
+        "visible": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    }
+    guards = {rank: NonFiniteGuard(tmp_path / "incidents", 100, lines.append) for rank in (0, 1, 11)}
+    for step in range(MAX_STORED + 2):
+        for rank, guard in guards.items():
+            guard.report(batch, 0, step, math.nan, rank)
+    for rank in guards:
+        stored = sorted((tmp_path / "incidents").glob(f"*_rank_{rank}.json"))
+        assert [path.name for path in stored] == [f"step_{step:08d}_rank_{rank}.json" for step in range(MAX_STORED)]
+        assert all(path.with_suffix(".pt").is_file() for path in stored)
+    assert "the first ten are" in lines[-1]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_hyspark.training.checkpoints import LATEST, progress_of
 from nnunetv2_hyspark.training.trainer import unwrap
 
 SETTINGS = (
@@ -74,6 +77,60 @@ def check_phases(trainer, frozen: int, free: int) -> None:
         assert all(parameter.grad is not None for parameter in encoder)
         assert not any(torch.equal(tensor, after[0][name]) for name, tensor in before[0].items())
         trainer.current_epoch += 1
+
+
+def break_gradients(trainer, steps: set[int]) -> None:
+    """Makes the gradients of some steps, counted from 0 over the run, NaN."""
+    calls = iter(range(1000))
+    original = trainer.loss
+    trainer.loss = lambda output, target: original(output, target) * (
+        math.nan if trainer.network.training and next(calls) in steps else 1.0
+    )
+
+
+def test_a_step_without_finite_gradients_is_skipped(make):
+    trainer = make()
+    trainer.current_epoch = 2  # nothing is frozen
+    break_gradients(trainer, {1})
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    outputs, weights = [], []
+    for _ in range(3):
+        outputs.append(trainer.train_step(next(trainer.dataloader_train)))
+        weights.append(parts(trainer)[0])
+    assert same(weights[0], weights[1]) and not same(weights[1], weights[2])
+    assert [output["skipped"] for output in outputs] == [False, True, False]
+    trainer.logger.local_logger.my_fantastic_logging["train_losses"] = [1.0, 1.0]
+    trainer.on_train_epoch_end(outputs)
+    mean = (float(outputs[0]["loss"]) + float(outputs[2]["loss"])) / 2
+    assert trainer.logger.get_value("train_losses", step=-1) == pytest.approx(mean)
+    text = Path(trainer.log_file).read_text()
+    assert "the gradients of step 1 of this epoch are not finite (loss nan, cases case_" in text
+    assert "1 of 3 steps were skipped" in text
+
+
+def test_too_many_steps_without_finite_gradients_end_the_run(make):
+    trainer = make(f"{SETTINGS},finetuning.max_bad_steps=2")
+    trainer.current_epoch = 2
+    break_gradients(trainer, {0, 2, 3})
+    with pytest.raises(RuntimeError, match="not finite in 2 steps in a row, the last one step 3 of epoch 2"):
+        train_epoch(trainer, steps=5)
+    assert progress_of(trainer.folder / LATEST) == (2, 0), "the epoch is repeated"
+
+
+def test_overflow_of_half_precision_does_not_count(make):
+    trainer = make()
+    trainer.current_epoch = 2
+    # gradients scaled this much overflow, which the scaler mends by itself
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    original = trainer.loss
+    trainer.loss = lambda output, target: original(output, target) * 1e4
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    before = parts(trainer)[0]
+    assert not trainer.train_step(next(trainer.dataloader_train))["skipped"]
+    assert trainer.bad_steps_in_a_row == 0 and trainer.grad_scaler.get_scale() < 2e38
+    assert same(before, parts(trainer)[0])
 
 
 def test_frozen_and_then_not(make):

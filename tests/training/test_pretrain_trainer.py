@@ -7,12 +7,16 @@ import math
 import os
 import shutil
 import signal
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from nnunetv2_hyspark.data import loader
+from nnunetv2_hyspark.training import diagnosis
 from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in, kept_name, progress_of
 from nnunetv2_hyspark.transfer.reading import read_checkpoint
 
@@ -111,6 +115,23 @@ def test_random_state_is_restored(make_trainer):
     assert np.array_equal(np.random.rand(3), expected[1])
 
 
+def test_the_gradient_scaler_goes_on_too(make_trainer):
+    first = make_trainer()
+    first.grad_scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    stop_after(first, 7)  # the 7th loss is that of the fifth training step
+    with pytest.raises(SystemExit):
+        first.run_training()
+    assert first.grad_scaler.get_scale() == 128
+    second = make_trainer()
+    second.continue_training = True
+    second.grad_scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    second.load_checkpoint(second.folder / LATEST)
+    assert second.grad_scaler.state_dict() == first.grad_scaler.state_dict()
+    assert second.grad_scaler.get_scale() == 128
+    second.run_training()
+    assert second.grad_scaler.get_scale() == 512
+
+
 def test_starting_anew_moves_the_earlier_run_aside(make_trainer):
     first = make_trainer()
     first.run_training()
@@ -125,6 +146,23 @@ def test_starting_anew_moves_the_earlier_run_aside(make_trainer):
     assert (second.folder / FINAL).read_bytes() != weights
     log = Path(second.log_file).read_text()
     assert f"they are now in {earlier}. To go on with a run instead, give --c." in log
+
+
+def test_starting_anew_moves_everything_that_a_run_writes(make_trainer, tmp_path):
+    first = make_trainer()
+    first.run_training()
+    source = tmp_path / "source.pth"
+    shutil.copy(first.folder / FINAL, source)
+    (first.folder / "tensorboard").mkdir()
+    (first.folder / "load_report.json").write_text("of the first run")
+    second = make_trainer("pretraining.seed=1")
+    second.initialize()
+    second.load_pretrained(str(source))
+    second.run_training()
+    (earlier,) = second.folder.glob("earlier_run_*")
+    assert (earlier / "load_report.json").read_text() == "of the first run"
+    assert (earlier / "tensorboard").is_dir() and not (second.folder / "tensorboard").exists()
+    assert json.loads((second.folder / "load_report.json").read_text())["source"] == str(source)
 
 
 def test_goes_on_from_the_furthest_checkpoint_not_from_an_old_final_one(make_trainer):
@@ -343,6 +381,22 @@ def test_what_was_learned_before_the_data_vanished_is_saved(make_trainer, small_
     assert progress_of(trainer.folder / LATEST) == (1, 2)
 
 
+def test_what_was_learned_before_a_validation_without_data_is_saved(make_trainer, small_dataset):
+    trainer = make_trainer()
+    original = trainer.on_validation_epoch_start
+
+    def on_validation_epoch_start():
+        original()
+        if trainer.current_epoch == 1:
+            for path in (small_dataset / "nnUNetPlans_3d_fullres").glob("*.b2nd"):
+                path.unlink()
+
+    trainer.on_validation_epoch_start = on_validation_epoch_start
+    with pytest.raises(ValueError, match="has vanished"):
+        trainer.run_training()
+    assert progress_of(trainer.folder / LATEST) == (1, 3)
+
+
 def test_a_broken_and_a_vanished_case_can_be_skipped(make_trainer, small_dataset):
     folder = small_dataset / "nnUNetPlans_3d_fullres"
     trainer = make_trainer("on_broken_case=skip,iterations_per_epoch=12")
@@ -392,7 +446,34 @@ def test_everything_that_is_watched_is_logged(make_trainer):
     assert (trainer.folder / "progress.png").stat().st_size > 10_000
     assert len(list((trainer.folder / "previews").glob("*/epoch_*.png"))) == 3
     assert len(list((trainer.folder / "previews").glob("*_over_time.png"))) == 1
-    assert "to go" in Path(trainer.log_file).read_text()
+    text = Path(trainer.log_file).read_text()
+    for words in ("Current learning rate", "of the steps clipped, 0 skipped, weight decay 0.05", "crops/s", "waiting",
+                  "GB at most, 0% of the crops background only", "effective rank", "deviation of the prediction",
+                  "linear probe: Dice", "to go"):
+        assert words in text, words
+
+
+def test_throughput_is_a_plain_number_in_the_log(make_trainer):
+    trainer = make_trainer("pretraining.epochs=1")
+    measured = trainer.so_far.means
+    trainer.on_train_start()
+    trainer.so_far.means = lambda clip: {**measured(clip), "crops_per_second": 12345.678}
+    trainer.run_epoch()
+    assert "12345.68 crops/s" in Path(trainer.log_file).read_text()
+    trainer.on_train_end()
+
+
+def test_signs_of_trouble_reach_the_log_once(make_trainer, monkeypatch):
+    monkeypatch.setattr(diagnosis, "WINDOW", 2)
+    monkeypatch.setattr(loader, "BACKGROUND_DEVIATION", 1e9)
+    trainer = make_trainer()
+    trainer.run_training()
+    text = Path(trainer.log_file).read_text()
+    sign = (
+        "SIGN OF TROUBLE: 100% of the crops hold background only; make the data set with hyspark prepare, whose mask "
+        "steers crops to the body, or raise foreground_fraction."
+    )
+    assert text.count(sign) == 1
 
 
 def test_watching_changes_nothing(make_trainer):
@@ -417,6 +498,59 @@ def test_tensorboard_is_missed_in_a_sentence(make_trainer, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(RuntimeError, match="TensorBoard is not installed; run: pip install"):
         trainer.run_training()
+
+
+def test_tensorboard_gets_settings_and_numbers(make_trainer, monkeypatch):
+    scalars, texts, folders = [], {}, []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            folders.append(folder)
+
+        def add_text(self, name, text):
+            texts[name] = text
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, value, step))
+
+        def flush(self): ...
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    trainer = make_trainer("tensorboard=true,mask_ratio=0.5")
+    trainer.run_training()
+    assert folders == [str(trainer.folder / "tensorboard")]
+    assert '"mask_ratio": 0.5' in texts["settings"] and '"patch_size"' in texts["configuration"]
+    losses = trainer.logger.get_value("train_losses", step=None)
+    assert [(value, step) for name, value, step in scalars if name == "train_losses"] == list(zip(losses, range(3)))
+    assert {"lrs", "weight_decays", "gradient_norms", "crops_per_second"} <= {name for name, _, _ in scalars}
+    assert not any(name.endswith("_timestamps") for name, _, _ in scalars)
+
+
+def test_weights_and_biases_get_settings_and_numbers(make_trainer, monkeypatch):
+    class Run:
+        step = 0
+
+        def __init__(self):
+            self.config, self.summary, self.logged = {}, {}, []
+
+        def log(self, values, step):
+            self.logged.append((values, step))
+
+    runs = []
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **_: (runs.append(Run()), runs[-1])[1]
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.wandb", wandb)
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    trainer = make_trainer("mask_ratio=0.5")
+    trainer.run_training()
+    (run,) = runs
+    configuration = run.config["plans"]["configurations"]["3d_fullres"]
+    assert configuration["hyspark"]["pretraining"]["mask_ratio"] == 0.5
+    for key in ("train_losses", "val_losses", "lrs", "effective_rank"):
+        values = trainer.logger.get_value(key, step=None)
+        assert [entry for entry in run.logged if key in entry[0]] == [({key: v}, e) for e, v in enumerate(values)]
 
 
 def test_a_probe_data_set_that_is_not_there_ends_the_run_at_its_start(make_trainer):

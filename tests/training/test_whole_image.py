@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from skimage import io
 
 from nnunetv2_hyspark.cli.main import main
@@ -70,6 +71,8 @@ def test_a_gray_png(checkpoint: Path, tmp_path: Path) -> None:
     [
         ("no image", "there is no image"),
         ("no checkpoint", "there is no checkpoint"),
+        ("no plans", "does not describe its network (there is no 'plans')"),
+        ("no intensities", "the plan in the checkpoint cannot prepare"),
         ("damaged image", "cannot be read"),
         ("colour", "3 channel"),
         ("ratio", "mask_ratio is 1.5"),
@@ -85,6 +88,15 @@ def test_mistakes_end_in_a_sentence(
         source = tmp_path / "none.nii.gz"
     elif case == "no checkpoint":
         weights = tmp_path / "none.pth"
+    elif case in ("no plans", "no intensities"):
+        weights = tmp_path / "odd.pth"
+        content = torch.load(checkpoint, weights_only=True)
+        if case == "no plans":
+            del content["init_args"]["plans"]
+        else:
+            plan = content["init_args"]["plans"]["configurations"]["3d_fullres"]
+            plan["normalization_schemes"] = ["CTNormalization"]
+        torch.save(content, weights)
     elif case == "damaged image":
         source = tmp_path / "bad.nii.gz"
         source.write_bytes(b"nothing")

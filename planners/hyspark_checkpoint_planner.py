@@ -136,7 +136,7 @@ class HySparKCheckpointPlanner(HySparKPlanner):
             first = [min(p, round(m)) for p, m in zip(self.source.patch_size, median_shape)]
         candidates = patch_candidates(first, stride, median_shape)
         line, target = model.finetuning, self.UNet_vram_target_GB
-        patch = fit_patch([line], candidates, target)
+        patch = fit_patch([line], candidates, target, "pre-train a smaller network")
         if self.source.patch_size is not None and patch != self.source.patch_size:
             why = "the memory target" if patch != candidates[0] else "the size of the target's images"
             self.notes.append(

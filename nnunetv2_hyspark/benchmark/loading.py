@@ -15,10 +15,18 @@ from scipy.ndimage import gaussian_filter
 from ..data.loader import Batches, CropBatches
 from ..geometry import Size3
 from ..masking import random_visible
+from ..pretext.hyspark import HySparKConfig
+
+FOREGROUND_SAMPLES = 10_000
+"""As many voxels of a label nnU-Net's preprocessing notes in a case's properties."""
 
 
 def write_cases(folder: Path, count: int, shape: Size3, patch_size: Size3, channels: int = 1) -> list[Path]:
-    """Synthetic scans, smooth structure and noise, compressed as nnU-Net's preprocessing does for this patch size."""
+    """Synthetic scans, smooth structure and noise, compressed as nnU-Net's preprocessing does for this patch size.
+
+    The properties beside them hold sampled voxels ``(n, 4)`` of a foreground mask, the middle three quarters of every
+    axis, as those of a data set that ``hyspark prepare`` made.
+    """
     rng = np.random.default_rng(0)
     saver: Any = nnunet_dataset.nnUNetDatasetBlosc2
     parameters = getattr(nnunet_dataset, "comp_blosc2_params", None) or saver.comp_blosc2_params  # nnU-Net 2.8, 2.7
@@ -29,9 +37,13 @@ def write_cases(folder: Path, count: int, shape: Size3, patch_size: Size3, chann
         smooth = gaussian_filter(rng.standard_normal((channels, *shape), dtype=np.float32), (0, 4, 4, 4))
         image = smooth / smooth.std() + 0.1 * rng.standard_normal(smooth.shape, dtype=np.float32)
         name = str(folder / f"synthetic_{number}")
-        segmentation = np.zeros((1, *shape), np.int8)
+        mask = np.zeros((1, *shape), np.int8)
+        mask[0][tuple(slice(edge // 8, edge - edge // 8) for edge in shape)] = 1
+        inside = np.flatnonzero(mask)
+        sampled = rng.choice(inside, min(FOREGROUND_SAMPLES, inside.size), replace=False)
+        properties = {"class_locations": {1: np.stack(np.unravel_index(sampled, mask.shape), 1)}}
         saver.save_case(
-            image, segmentation, {}, name, chunks=chunks, blocks=blocks, chunks_seg=chunks_seg, blocks_seg=blocks_seg
+            image, mask, properties, name, chunks=chunks, blocks=blocks, chunks_seg=chunks_seg, blocks_seg=blocks_seg
         )
         files.append(Path(f"{name}.b2nd"))
     return files
@@ -41,7 +53,7 @@ def measure_loading(
     files: Sequence[Path], size: Size3, grid: Size3, batch: int, workers: Sequence[int], step_seconds: float,
     steps: int = 60,
 ) -> dict[str, dict[str, float]]:
-    """Loads batches as pre-training does.
+    """Loads batches as pre-training with default settings does on a data set that ``hyspark prepare`` made.
 
     Args:
         files: preprocessed images.
@@ -57,7 +69,10 @@ def measure_loading(
         that a training with such steps would wait for data.
     """
     draw_mask = functools.partial(random_visible, 1, grid, 0.75)
-    data = CropBatches(files, [file.stem for file in files], size, range(batch), draw_mask, (0, 0), (0, 1, 2))
+    data = CropBatches(
+        files, [file.stem for file in files], size, range(batch), draw_mask, (0, 0), (0, 1, 2),
+        foreground_fraction=HySparKConfig().foreground_fraction,
+    )
     results = {}
     for count in workers:
         batches = Batches(data, range(10**6), count, pin_memory=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 PILE_ID, LABELLED_ID = 900, 901
 PLANS = "nnUNetHySparKPlans"
+FINETUNE_PLANS = "nnUNetHySparKFinetunePlans"
 CONFIGURATION = "3d_fullres"
 MARKER = ".hyspark_demo"
 NETWORK = "base_width=8,head_width=8,max_stride=8"
@@ -68,7 +69,7 @@ def _environment(folder: Path, size: Size) -> dict[str, str]:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "nnUNet_hyspark": f"{NETWORK},pretraining.epochs={size.pretraining_epochs},"
         f"finetuning.epochs={size.finetuning_epochs},iterations_per_epoch={size.iterations},"
-        "val_iterations_per_epoch=5,pretraining.learning_rate=1e-3,finetuning.learning_rate=2e-3,seed=0",
+        "val_iterations_per_epoch=5,pretraining.learning_rate=1e-3,finetuning.learning_rate=5e-3,seed=0",
     }
 
 
@@ -213,13 +214,24 @@ def run(options: argparse.Namespace) -> None:
     print(f"  Dice mean     {summary['foreground_mean']['Dice']:.3f}  (test phantoms, {predictions / 'summary.json'})")
     picture = min((pretrained / "validation").glob("*.png"))
     print(f"  reconstruction: {picture}\n  progress:       {pretrained / 'progress.png'}")
-    print(
-        "\nFor your own data (nnUNet_raw, nnUNet_preprocessed and nnUNet_results set as always):\n"
-        f"  hyspark prepare -d 900 -n MyPile --from /path/to/scans\n"
+    print(f"\n{own_data_commands()}")
+
+
+def own_data_commands() -> str:
+    """What to run instead of the demo's commands on one's own images."""
+    checkpoint = (
+        f"$nnUNet_results/Dataset900_MyPile/HySparKPretrainTrainer__{PLANS}__{CONFIGURATION}/fold_all/"
+        f"checkpoint_final.pth"
+    )
+    tuned = f"-tr HySparKFinetuneTrainer -p {FINETUNE_PLANS}"
+    return (
+        "For your own data (nnUNet_raw, nnUNet_preprocessed and nnUNet_results set as always):\n"
+        "  hyspark prepare -d 900 -n MyPile --from /path/to/scans\n"
         f"  nnUNetv2_plan_and_preprocess -d 900 -pl HySparKPlanner -c {CONFIGURATION}\n"
         f"  nnUNetv2_train 900 {CONFIGURATION} all -tr HySparKPretrainTrainer -p {PLANS}\n"
-        f"  nnUNetv2_plan_and_preprocess -d LABELLED -pl HySparKPlanner -c {CONFIGURATION}\n"
-        f"  nnUNetv2_train LABELLED {CONFIGURATION} 0 -tr HySparKFinetuneTrainer -p {PLANS} \\\n"
-        f"      -pretrained_weights {pretrained.relative_to(results)}/checkpoint_final.pth\n"
-        f"  nnUNetv2_predict -d LABELLED -tr HySparKFinetuneTrainer -p {PLANS} -c {CONFIGURATION} -f 0 -i IN -o OUT"
+        "  nnUNetv2_extract_fingerprint -d LABELLED\n"
+        f"  hyspark plan-finetune -d LABELLED --from {checkpoint}\n"
+        f"  nnUNetv2_preprocess -d LABELLED -plans_name {FINETUNE_PLANS} -c {CONFIGURATION}\n"
+        f"  nnUNetv2_train LABELLED {CONFIGURATION} 0 {tuned}\n"
+        f"  nnUNetv2_predict -d LABELLED {tuned} -c {CONFIGURATION} -f 0 -i IN -o OUT"
     )

@@ -32,7 +32,6 @@ _DISTRIBUTIONS = (
 _SPCONV_DISTRIBUTIONS = ("spconv-cu126", "spconv-cu124", "spconv-cu121", "spconv-cu120", "spconv-cu118", "spconv")
 _EXTRAS = {  # importable name -> (extra of ours, what it is for)
     "spconv": ("spconv", "a second sparse backend; nothing uses it yet"),
-    "pydicom": ("dicom", "reading DICOM series"),
     "tensorboard": ("tensorboard", "training curves in TensorBoard"),
 }
 _LEAST_SHARED_MEMORY = 2**30  # bytes; nnU-Net's workers hand whole batches over through it

@@ -42,7 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="S",
         help="stride per stage, as in 1 2 2 2 2 (default: from the file's decoder; without one, 2)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    parser.add_argument("--json", metavar="FILE", help="also write what became of every tensor, as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
     parser.set_defaults(run=run)
 
 
@@ -51,9 +52,14 @@ def run(options: argparse.Namespace) -> None:
     from nnunetv2_hyspark.training.checkpoints import save_atomically
     from nnunetv2_hyspark.transfer.importing import import_official
 
-    refuse_existing(options.output, options.overwrite)
+    if options.json and Path(options.json).resolve() == Path(options.output).resolve():
+        raise ValueError(f"-o and --json both name {options.json}; give the report a name of its own.")
+    for output in filter(None, (options.output, options.json)):
+        refuse_existing(output, options.overwrite)
     imported = import_official(options.file, options.heads, options.strides)
     save_atomically(imported.checkpoint, options.output)
+    if options.json:
+        imported.report.write_json(options.json)
     print(imported.report.table())
     kwargs = imported.architecture.arch_kwargs
     values = ",".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in imported.settings.items())

@@ -30,7 +30,10 @@ def find_image(folder: str | os.PathLike[str], identifier: str) -> Path:
 
 
 def open_image(path: Path) -> Any:
-    """Opens an image ``(C, D, H, W)`` lazily: only what is sliced from it is read and decompressed.
+    """Opens an image ``(C, D, H, W)``.
+
+    b2nd and npy are opened lazily: only what is sliced from them is read, and of b2nd only the touched chunks are
+    decompressed. npz cannot do that: the whole case is read and decompressed, for every crop.
 
     Raises:
         FileNotFoundError: if it is gone.
@@ -58,6 +61,8 @@ def open_image(path: Path) -> Any:
 
 def read_crop(path: Path, corner: Sequence[int], size: Sequence[int]) -> np.ndarray:
     """Reads a box of an image; what lies outside the image is zero, as in nnU-Net.
+
+    Only the box is read from disk, except from npz; see :func:`open_image`.
 
     Args:
         path: preprocessed image.

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_hyspark.data.writing import told_if_full
+
 JOURNAL_NAME = "prepare_journal.jsonl"
 
 
@@ -44,7 +46,11 @@ class Journal:
                 self.records[entry["place"]] = entry
 
     def set_sources(self, sources: list[str]) -> None:
-        """Note which sources the data set is made from."""
+        """Note which sources the data set is made from.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         if sources != self.sources:
             self.sources = sources
             self._append({"sources": sources})
@@ -59,5 +65,5 @@ class Journal:
         self.records[record["place"]] = record
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as stream:
+        with told_if_full(self.path), open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry, ensure_ascii=True) + "\n")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_hyspark.data.screening import Reason
+from nnunetv2_hyspark.data.writing import whole_file
 
 NAMED_IN_TABLE = 10
 COLUMNS = (
@@ -72,17 +72,19 @@ def _shorten(text: str, length: int = 40) -> str:
 
 
 def write_report(folder: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Write prepare_report.json (``head`` and all rows) and prepare_report.csv (all rows); return the CSV's path."""
+    """Write prepare_report.json (``head`` and all rows) and prepare_report.csv (all rows); return the CSV's path.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written.
+    """
     content = {**head, "cases": [{column: row.get(column) for column in COLUMNS} for row in rows]}
     write_json(folder / "prepare_report.json", content)
     target = folder / "prepare_report.csv"
-    temporary = target.with_suffix(".csv.unfinished")
-    with open(temporary, "w", newline="", encoding="utf-8") as stream:
+    with whole_file(target, newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(COLUMNS)
         for row in rows:
             writer.writerow([_cell(row.get(column)) for column in COLUMNS])
-    os.replace(temporary, target)
     return target
 
 
@@ -93,8 +95,10 @@ def _cell(value: object) -> object:
 
 
 def write_json(target: Path, content: object) -> None:
-    """Write JSON under a temporary name, then give it its name, so that the file is never half-written."""
-    temporary = target.with_name(target.name + ".unfinished")
-    with open(temporary, "w", encoding="utf-8") as stream:
+    """Write JSON; the file is never half-written.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written.
+    """
+    with whole_file(target) as stream:
         json.dump(content, stream, indent=2)
-    os.replace(temporary, target)

@@ -462,7 +462,7 @@ def _table_entries(path: Path) -> list[_Entry]:
         return [_Entry([line.strip()]) for line in lines]
     delimiter = max(",;\t", key=lines[0].count)
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
-    if any(_is_path(cell, path.parent) for cell in rows[0]):
+    if not _is_header(rows) and any(_is_path(cell, path.parent) for cell in rows[0]):
         return [_Entry([cell for cell in row if cell]) for row in rows]
     header = [name.lower() for name in rows[0]]
     example = next((row for row in rows[1:] if any(row)), [])
@@ -495,6 +495,14 @@ def _table_entries(path: Path) -> list[_Entry]:
                 )
             )
     return entries
+
+
+def _is_header(rows: list[list[str]]) -> bool:
+    """Say whether the first row is surely titles, even if folders of these names lie beside the list."""
+    if any(image_ending(cell) or "/" in cell or "\\" in cell for cell in rows[0]):
+        return False
+    known = any(cell.lower() in ID_COLUMNS | MODALITY_COLUMNS or LABEL_NAMES.search(cell) for cell in rows[0])
+    return known or (len(rows) > 1 and all(any(image_ending(cell) for cell in row) for row in rows[1:]))
 
 
 def _is_path(cell: str, folder: Path) -> bool:

@@ -11,6 +11,8 @@ from .memory import Line, MemoryModel
 
 MIN_BATCH = 2
 """Smallest batch of either training, as in nnU-Net."""
+SMALLER_NETWORK = "with a smaller base_width (nnUNet_hyspark=base_width=16)"
+"""What else helps where the planner chooses the network."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,16 @@ class TargetTooSmall(ValueError):
         self.required_gb = required_gb
 
 
-def fit_patch(lines: Sequence[Line], candidates: Sequence[Size3], target_gb: float) -> Size3:
+def fit_patch(
+    lines: Sequence[Line], candidates: Sequence[Size3], target_gb: float, advice: str = SMALLER_NETWORK
+) -> Size3:
     """The first patch that fits with the smallest batch.
 
     Args:
         lines: memory of every training that is to fit.
         candidates: largest first.
         target_gb: memory of the GPU.
+        advice: what else helps if none fits; ends the error's sentence after "or".
 
     Raises:
         TargetTooSmall: if none fits.
@@ -57,7 +62,7 @@ def fit_patch(lines: Sequence[Line], candidates: Sequence[Size3], target_gb: flo
     raise TargetTooSmall(
         f"the smallest patch of this network ({'x'.join(map(str, smallest))} voxels, {MIN_BATCH} per batch) needs "
         f"about {needed:.1f} GB, but the memory target is {target_gb:g} GB; plan with -gpu_memory_target "
-        f"{needed:.1f} or more, or with a smaller base_width (nnUNet_hyspark=base_width=16).",
+        f"{needed:.1f} or more, or {advice}.",
         needed,
     )
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..geometry import Size3, as_size3, cumulative_strides
+from ..networks.segmentation import HySparKUNet
 from ..networks.topology import NETWORK_CLASS
 from ..transfer.description import as_mapping, description_of
 from ..transfer.reading import image_weight, network_weights, read_checkpoint
+from ..transfer.rebuilding import check_description, reason_of
 from .remembered import RememberedCheckpoint
 
 
@@ -53,7 +55,7 @@ def read_source(filename: str | os.PathLike[str]) -> PretrainedSource:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or says nothing about its network.
+        ValueError: if it is damaged, or does not describe its network or its data.
     """
     checkpoint = read_checkpoint(filename)
     description = description_of(checkpoint)
@@ -64,9 +66,18 @@ def read_source(filename: str | os.PathLike[str]) -> PretrainedSource:
             f"converted with 'hyspark import'."
         )
     arch_kwargs = dict(as_mapping(architecture.get("arch_kwargs")))
-    first = image_weight(network_weights(checkpoint, filename))
+    weights = network_weights(checkpoint, filename)
+    first = image_weight(weights)
     if first is None or not arch_kwargs.get("strides"):
         raise ValueError(f"{filename} has no encoder that a plan could name; use a checkpoint of HySparK's.")
+    channels = int(first.shape[1])
+    try:
+        check_description(lambda: HySparKUNet(channels, 2, **arch_kwargs), arch_kwargs, weights)
+    except Exception as error:  # what a damaged description makes the network raise has no common ancestor
+        raise ValueError(
+            f"{filename} does not describe its network ({reason_of(error)}); expected the arch_kwargs of its plans, so "
+            f"use another copy of it."
+        ) from None
     configuration = as_mapping(description.get("configuration"))
     plans = as_mapping(as_mapping(checkpoint.get("init_args")).get("plans"))
     names = description.get("channel_names")
@@ -75,7 +86,7 @@ def read_source(filename: str | os.PathLike[str]) -> PretrainedSource:
         return PretrainedSource(
             file=RememberedCheckpoint.of(filename),
             arch_kwargs=arch_kwargs,
-            input_channels=int(first.shape[1]),
+            input_channels=channels,
             channel_names=tuple(str(n) for n in (names.values() if isinstance(names, Mapping) else names or ())),
             spacing=None if not spacing else (float(spacing[0]), float(spacing[1]), float(spacing[2])),
             transpose_forward=tuple(

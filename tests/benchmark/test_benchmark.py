@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from nnunetv2_hyspark.benchmark import loading
 from nnunetv2_hyspark.benchmark.loading import measure_loading, write_cases
 from nnunetv2_hyspark.benchmark.memory import peak_gb
 from nnunetv2_hyspark.benchmark.operations import forward_gmac
@@ -15,7 +16,7 @@ from nnunetv2_hyspark.benchmark.run import check_agreement, segmentation
 from nnunetv2_hyspark.benchmark.segmentation import networks, parameters
 from nnunetv2_hyspark.benchmark.timing import Timings, interleave
 from nnunetv2_hyspark.cli.main import main
-from nnunetv2_hyspark.data.cases import image_shape, read_crop
+from nnunetv2_hyspark.data.cases import foreground_voxels, image_shape, read_crop
 from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
 
 CEILINGS = {"matmul_gflops": 100.0, "copy_gbs": 10.0}
@@ -97,6 +98,25 @@ def test_loading_reads_what_nnunet_writes_and_sees_who_waits(tmp_path):
     assert all(row["crops_per_second"] > 0 and 0 <= row["waiting_share"] < 1 for row in figures.values())
     slow = measure_loading([file], (16, 16, 16), (2, 2, 2), 2, (0,), 0.0, steps=10)
     assert slow["0"]["waiting_share"] > figures["0"]["waiting_share"]
+
+
+def test_loading_draws_crops_as_pretraining_of_a_prepared_data_set(tmp_path, monkeypatch):
+    (file,) = write_cases(tmp_path, 1, (24, 24, 24), (16, 16, 16))
+    voxels = foreground_voxels(file)
+    assert len(voxels) > 200 and voxels.min() == 3 and voxels.max() == 20
+    read = []
+    monkeypatch.setattr("nnunetv2_hyspark.data.loader.foreground_voxels", lambda path: read.append(path) or voxels)
+    made = []
+
+    class Recorded(loading.CropBatches):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(loading, "CropBatches", Recorded)
+    measure_loading([file], (16, 16, 16), (2, 2, 2), 2, (0,), 0.0, steps=10)
+    assert read == [file]
+    assert made[0].foreground_fraction == 0.67
 
 
 def test_segmentation_networks_are_compared_with_their_sizes():

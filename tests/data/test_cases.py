@@ -51,6 +51,25 @@ def test_a_damaged_file_is_named(image) -> None:
         read_crop(path, (0, 0, 0), (4, 4, 4))
 
 
+def test_only_the_crop_is_read(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).standard_normal((1, 32, 32, 32)).astype(np.float32)
+    path = tmp_path / "case.b2nd"
+    stored = blosc2.asarray(array, urlpath=str(path), chunks=(1, 8, 32, 32), blocks=(1, 4, 16, 16))
+    assert stored.schunk.nchunks == 4
+    sizes = [len(stored.schunk.get_chunk(number)) for number in range(4)]
+    last = stored.schunk.get_chunk(3)
+    del stored
+    data = bytearray(path.read_bytes())
+    # chunks lie one after another; the last one loses its header and all that follows
+    begin = data.index(last)
+    assert begin >= sum(sizes[:3])
+    data[begin : begin + len(last)] = b"\xff" * len(last)
+    path.write_bytes(bytes(data))
+    assert np.array_equal(read_crop(path, (0, 0, 0), (24, 32, 32)), array[:, :24])
+    with pytest.raises(ValueError, match=r"case\.b2nd is damaged"):
+        read_crop(path, (20, 0, 0), (8, 32, 32))
+
+
 # of 300 damaged files, how many may differ from the original in more than one voxel: npz has checksums, a value in npy
 # is one voxel, and b2nd compresses without checksums
 FAR_OFF = {".npz": 0, ".npy": 5, ".b2nd": 60}

@@ -17,6 +17,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from nnunetv2_hyspark.cli import prepare as prepare_cli
+from nnunetv2_hyspark.cli.console import find_command
 from nnunetv2_hyspark.cli.main import main
 from nnunetv2_hyspark.data import prepare as prepare_module
 from nnunetv2_hyspark.data.prepare import Settings, prepare
@@ -388,6 +389,73 @@ def test_several_sources_lists_and_a_labelled_data_set(raw: Path, pile: Path, tm
     assert set(dataset(without)["dataset"]) == {"a"}
 
 
+def test_a_data_set_of_nnunet_without_labels(raw: Path) -> None:
+    folder = raw / "Dataset004_Unlabelled"
+    for number, name in enumerate(("a", "b")):
+        write(folder / "imagesTr" / f"{name}_0000.nii.gz", mr_array(number))
+        write(folder / "imagesTr" / f"{name}_0001.nii.gz", mr_array(10 + number))
+    description = {"channel_names": {"0": "T2", "1": "ADC"}, "labels": {"background": 0}, "numTraining": 2}
+    (folder / "dataset.json").write_text(json.dumps({**description, "file_ending": ".nii.gz"}))
+    result = prepare(settings("Dataset004_Unlabelled"))
+    assert dataset(result)["channel_names"] == {"0": "T2", "1": "ADC"}
+    cases = read_as_nnunet(result)
+    assert set(cases) == {"a", "b"}
+    assert np.array_equal(cases["b"][0], np.stack([mr_array(1), mr_array(11)]))
+    assert not (folder / "labelsTr").exists()
+
+
+def test_a_prepared_data_set_is_a_source(raw: Path, pile: Path) -> None:
+    write_dicom(pile / "study", ct_array(7))
+    first = prepare(settings(pile))
+    assert dataset(first)["dataset"]["study_s1"]["images"] == ["converted/study_s1_0000.nii.gz"]
+    second = prepare(replace(settings("900"), dataset_id=901, name="Again"))
+    table = dataset(second)["dataset"]
+    assert set(table) == {"scan_0", "scan_1", "scan_2", "study_s1"}
+    assert table["scan_0"]["images"] == [str(pile / "scan 0.nii.gz")]
+    assert table["study_s1"]["images"] == ["../Dataset900_Pile/converted/study_s1_0000.nii.gz"]
+    assert not any((second / "converted").glob("*"))
+    again, before = read_as_nnunet(second), read_as_nnunet(first)
+    for name, (image, mask) in before.items():
+        assert np.array_equal(again[name][0], image) and np.array_equal(again[name][1], mask)
+    assert all(row["taken"] for row in rows(second)) and len(rows(second)) == 4
+
+
+def test_a_list_with_one_column_per_channel(raw: Path, tmp_path: Path) -> None:
+    lines = ["id,t1,t2"]
+    for number in range(3):
+        for offset, channel in ((0, "t1"), (50, "t2")):
+            write(tmp_path / channel / f"{number}.nii.gz", mr_array(number + offset))
+        lines.append(f"patient{number},t1/{number}.nii.gz,t2/{number}.nii.gz")
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    result = prepare(settings(tmp_path / "list.csv"))
+    assert dataset(result)["channel_names"] == {"0": "t1", "1": "t2"}
+    cases = read_as_nnunet(result)
+    assert set(cases) == {"patient0", "patient1", "patient2"}
+    assert np.array_equal(cases["patient2"][0], np.stack([mr_array(2), mr_array(52)]))
+
+
+@pytest.mark.parametrize("titles", ["image,label", "image,second", ""])
+def test_titles_of_a_list_may_be_folders_beside_it(raw: Path, tmp_path: Path, titles: str) -> None:
+    folders = (titles or "image,label").split(",")
+    lines = [titles] if titles else []
+    for number in range(2):
+        for offset, folder in enumerate(folders):
+            write(tmp_path / folder / f"{number}.nii.gz", mr_array(number + 50 * offset))
+        lines.append(",".join(f"{folder}/{number}.nii.gz" for folder in folders))
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    result = prepare(settings(tmp_path / "list.csv"))
+    expected = {"image,label": 1, "image,second": 2, "": 2}[titles]
+    assert len(rows(result)) == 2
+    assert {len(image) for image, _ in read_as_nnunet(result).values()} == {expected}
+
+
+def test_one_image_alone_is_told_its_fold(raw: Path, pile: Path, capsys: pytest.CaptureFixture) -> None:
+    result = prepare(settings(pile / "scan 1.nii.gz"))
+    assert "1 case: train on the fold 'all' (nnU-Net's folds 0 to 4 need 5 cases)." in capsys.readouterr().out
+    cases = read_as_nnunet(result)
+    assert set(cases) == {"scan_1"} and np.array_equal(cases["scan_1"][0][0], ct_array(1))
+
+
 def test_same_names_in_many_folders(raw: Path, tmp_path: Path) -> None:
     for seed in range(3):
         write(tmp_path / "bids" / f"sub-{seed}" / "anat" / "t1.nii.gz", mr_array(seed))
@@ -488,6 +556,21 @@ def test_full_disk_stops_and_nothing_half_written_counts(raw: Path, tmp_path: Pa
     assert list((folder / "converted").glob("*")) == []
     prepare(settings(tmp_path / "study0", tmp_path / "study1"))
     assert len(read_as_nnunet(folder)) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_full_disk_at_the_very_end_is_told_in_one_line(raw: Path, pile: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = prepare(settings(pile))
+    before = (folder / "dataset.json").read_text()
+    write(pile / "new.mha", ct_array(40))
+    (folder / "dataset.json.unfinished").symlink_to("/dev/full")
+    command = ["prepare", "-d", "900", "-n", "Pile", "--from", str(pile), "-np", "1"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "make room and run the same command again" in error and str(folder / "dataset.json") in error
+    assert (folder / "dataset.json").read_text() == before
+    assert main(command) == 0
+    assert "new" in read_as_nnunet(folder)
 
 
 def test_same_result_with_workers(raw: Path, pile: Path) -> None:
@@ -605,30 +688,44 @@ def test_command(raw: Path, pile: Path, capsys: pytest.CaptureFixture) -> None:
     assert "already belongs to" in capsys.readouterr().err
 
 
-def plan_and_preprocess(folder: Path) -> list[str]:
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import "
-        "plan_and_preprocess_entry as run; run()",
-        *("-d", "900", "-c", "3d_fullres", "-np", "2", "--verify_dataset_integrity"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+def run_nnunet(*command: str) -> str:
+    variables = {**os.environ, "nnUNet_n_proc_DA": "0" if command[0] == "nnUNetv2_train" else "1"}
+    variables["nnUNet_hyspark"] = "base_width=8,head_width=8,pretraining.epochs=1,iterations_per_epoch=2"
+    variables["nnUNet_hyspark"] += ",val_iterations_per_epoch=1"
+    done = subprocess.run([find_command(command[0]), *command[1:]], capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "mismatch" not in done.stdout
+    return done.stdout
+
+
+def plan_and_preprocess(folder: Path, planner: str = "ExperimentPlanner", plans_name: str = "nnUNetPlans") -> list[str]:
+    """Names of the preprocessed cases."""
+    command = ("nnUNetv2_plan_and_preprocess", "-d", "900", "-c", "3d_fullres", "-np", "2", "-pl", planner)
+    assert "mismatch" not in run_nnunet(*command, "--verify_dataset_integrity")
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / folder.name
-    return sorted(path.name for path in (preprocessed / "nnUNetPlans_3d_fullres").glob("*.pkl"))
+    plans = json.loads((preprocessed / f"{plans_name}.json").read_text())
+    cases = preprocessed / plans["configurations"]["3d_fullres"]["data_identifier"]
+    return sorted(path.name for path in cases.glob("*.pkl"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "channel"), [("openkbp", "CT"), ("hippocampus", "zscore")])
-def test_nnunet_plans_real_scans(raw: Path, shared_data: Path, tmp_path: Path, source: str, channel: str) -> None:
+def test_real_scans_are_planned_and_pretrained_on(
+    raw: Path, shared_data: Path, tmp_path: Path, source: str, channel: str
+) -> None:
     for path in sorted((shared_data / "data" / source / "images").iterdir())[:6]:
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / path.name).symlink_to(path)
     result = prepare(settings(tmp_path / "in"))
     assert dataset(result)["channel_names"] == {"0": channel}
-    assert len(plan_and_preprocess(result)) == 6
+    plans = "nnUNetHySparKPlans"
+    assert len(plan_and_preprocess(result, "HySparKPlanner", plans)) == 6
+    if source == "openkbp":  # its crops take minutes on a CPU
+        return
+    trainer = "HySparKPretrainTrainer"
+    run_nnunet("nnUNetv2_train", "900", "3d_fullres", "all", "-tr", trainer, "-p", plans, "-device", "cpu")
+    output = tmp_path / "nnUNet_results" / result.name / f"{trainer}__{plans}__3d_fullres" / "fold_all"
+    assert (output / "checkpoint_final.pth").is_file()
+    assert len(list((output / "validation").glob("*.png"))) == 6
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The parts of `hyspark prepare` that are not seen from outside: judging values, masks, workers, reading."""
 
+import errno
 import gzip
 import os
 import signal
@@ -15,9 +16,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from nnunetv2_hyspark.data.foreground import foreground_mask
+from nnunetv2_hyspark.data.journal import JOURNAL_NAME, Journal
 from nnunetv2_hyspark.data.modality import case_modalities
 from nnunetv2_hyspark.data.phantoms import make_phantom
 from nnunetv2_hyspark.data.pool import WorkerDied, run_parallel
+from nnunetv2_hyspark.data.report import write_json, write_report
 from nnunetv2_hyspark.data.screening import content_key, looks_like_hounsfield, sample
 from nnunetv2_hyspark.data.volumes import check_nifti_is_whole, read_channel, write_nifti
 
@@ -212,6 +215,45 @@ def _square_or_die(number: int) -> int:
     if number == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return number**2
+
+
+FULL = Path("/dev/full")  # writes fail as on a full disk
+needs_full_device = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+
+
+@needs_full_device
+@pytest.mark.parametrize("name", ["prepare_report.json", "prepare_report.csv", "dataset.json"])
+def test_a_full_disk_while_a_report_is_written_is_told_in_words(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    target.write_text("as before")
+    (tmp_path / f"{name}.unfinished").symlink_to(FULL)
+    sentence = r"cannot write it \(No space left on device; \d+ MiB free\); make room and run the same command again"
+    with pytest.raises(OSError, match=sentence) as caught:
+        if name == "dataset.json":
+            write_json(target, {"labels": 1})
+        else:
+            write_report(tmp_path, {}, [{"id": "a"}])
+    assert caught.value.filename == str(target)
+    assert caught.value.errno == errno.ENOSPC
+    assert target.read_text() == "as before"
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+@needs_full_device
+def test_a_full_disk_while_the_journal_is_written_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL_NAME).symlink_to(FULL)
+    journal = Journal(tmp_path)
+    record = {"place": "a.nii", "key": "k", "id": "a"}
+    for write in (lambda: journal.set_sources(["a"]), lambda: journal.add(record)):
+        with pytest.raises(OSError, match="make room and run the same command again") as caught:
+            write()
+        assert caught.value.filename == str(tmp_path / JOURNAL_NAME)
+    assert journal.records == {}
+
+
+def test_a_folder_that_cannot_be_written_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_json(tmp_path / "gone" / "dataset.json", {})
 
 
 def test_a_dying_worker_costs_one_item() -> None:

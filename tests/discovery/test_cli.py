@@ -1,5 +1,6 @@
 """The `hyspark` command itself, `hyspark path` and `hyspark doctor`."""
 import argparse
+import configparser
 import json
 import subprocess
 import sys
@@ -163,6 +164,14 @@ def healthy(monkeypatch, tmp_path):
 
     answers()
     return answers
+
+
+def test_doctor_advises_extras_that_exist_and_are_used():
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    extras = set(setup["options.extras_require"]) - {"test"}
+    assert {extra for extra, _ in doctor._EXTRAS.values()} == extras
+    assert extras == {"spconv", "tensorboard"}
 
 
 def test_doctor_finds_a_healthy_machine_all_right(healthy, capsys):

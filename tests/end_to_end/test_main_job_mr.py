@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nnunetv2.paths
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -13,6 +14,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 DATASET, PLANS, LABELS = "Dataset004_Hippo", "nnUNetHySparKPlans", {"background": 0, "Anterior": 1, "Posterior": 2}
+TRAINERS = Path(__file__).resolve().parents[2] / "experiments" / "trainers"
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,29 @@ def test_pre_training_goes_on_from_another_checkpoint(trained):
     )  # fmt: skip
     rows = {line.split()[0]: line.split()[1] for line in log.splitlines() if line.startswith(("encoder.", "reconstr"))}
     assert set(rows.values()) == {"loaded"} and len(rows) > 4
+
+
+def test_the_stock_trainer_takes_the_weights_without_anything_of_ours_in_between(trained):
+    """nnU-Net's own trainer on our plans, its own loader, and the start-up hook switched off."""
+    if not hasattr(nnunetv2.paths, "nnUNet_extTrainer"):
+        pytest.skip("this nnU-Net knows no trainers outside its own folders")
+    workspace, _ = trained
+    weights = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, "all") / "checkpoint_final.pth"
+    log = workspace.run(
+        "nnUNetv2_train", 4, "3d_fullres", 3, "-tr", "nnUNetTrainerOfLength", "-p", PLANS, "-device", "cpu",
+        "-pretrained_weights", weights, settings="",
+        variables={
+            "nnUNet_hyspark_disable": "1", "nnUNet_extTrainer": str(TRAINERS), "nnUNet_compile": "f",
+            "EPOCHS": "1", "ITERATIONS": "2", "VAL_ITERATIONS": "1", "PYTHONUNBUFFERED": "1",
+        },
+    )  # fmt: skip
+    assert f"Loading pretrained weights from file  {weights}" in log
+    pretrained = torch.load(weights, weights_only=True)["network_weights"]
+    blocks = log.partition("list of overlapping blocks")[2].partition("### Done ###")[0]
+    taken = {line.split()[0] for line in blocks.splitlines() if " shape torch.Size(" in line}
+    assert taken >= {name for name in pretrained if name.startswith("encoder.")}
+    assert "HySparK settings" not in log and "Mean Validation Dice" in log
+    final = workspace.output(DATASET, "nnUNetTrainerOfLength", PLANS, 3) / "checkpoint_final.pth"
+    content = torch.load(final, weights_only=False)  # made a moment ago by nnU-Net
+    assert content["trainer_name"] == "nnUNetTrainerOfLength"
+    assert content["network_weights"].keys() >= taken

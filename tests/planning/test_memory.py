@@ -87,6 +87,7 @@ def test_a_batch_never_sees_too_much_of_a_small_data_set():
 
 
 def test_a_target_that_is_too_small_says_what_works():
-    with pytest.raises(TargetTooSmall, match=r"2x10x10 voxels, 2 per batch.*gpu_memory_target 9\.0") as caught:
+    advice = r"2x10x10 voxels, 2 per batch.*gpu_memory_target 9\.0 or more, or with a smaller base_width"
+    with pytest.raises(TargetTooSmall, match=advice) as caught:
         fit_patch([_Model.finetuning], [(4, 10, 10), (2, 10, 10)], 8.0)
     assert fit_patch([_Model.finetuning], [(2, 10, 10)], caught.value.required_gb) == (2, 10, 10)

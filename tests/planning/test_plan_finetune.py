@@ -1,6 +1,7 @@
 """Plans that match a checkpoint, through `hyspark plan-finetune` in-process."""
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -141,6 +142,18 @@ def test_what_is_missing_is_said(make_dataset, make_checkpoint, folders, tmp_pat
     (folders.preprocessed / dataset / "dataset_fingerprint.json").unlink()
     assert plan("-d", 10, "--from", silent) == 2
     assert "run nnUNetv2_extract_fingerprint -d 10 first" in capsys.readouterr().err
+
+
+def test_advice_for_a_target_too_small_leaves_the_network_alone(make_dataset, make_checkpoint, capsys):
+    make_dataset(*CT)
+    assert plan("-d", 10, "--from", make_checkpoint(), "-gpu_memory_target", 0.1) == 2
+    error = capsys.readouterr().err
+    assert re.search(
+        r"needs about (\d+\.\d) GB, but the memory target is 0\.1 GB; plan with -gpu_memory_target \1 or more, or "
+        r"pre-train a smaller network\.\n$",
+        error,
+    )
+    assert "base_width" not in error
 
 
 def test_a_remembered_file_that_is_gone_or_changed_is_refused(tmp_path):

@@ -1,12 +1,21 @@
 """A thousand damaged files: a sentence each, never another error, never a network that is half loaded."""
+import copy
 import json
 import os
 import random
 import zipfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from nnunetv2_hyspark.networks.topology import NETWORK_CLASS
+from nnunetv2_hyspark.planning.source import read_source
+from nnunetv2_hyspark.pretext.build import build_hyspark
+from nnunetv2_hyspark.pretext.hyspark import HySparKConfig
+from nnunetv2_hyspark.training.whole_image import load_pretrained_model
+from nnunetv2_hyspark.transfer.description import FORMAT_VERSION
 from nnunetv2_hyspark.transfer.importing import import_official
 from nnunetv2_hyspark.transfer.inspection import inspect_checkpoint
 from nnunetv2_hyspark.transfer.loading import load_pretrained_encoder
@@ -87,6 +96,21 @@ def test_random_damage(tmp_path, make_network, make_checkpoint):
     assert refused > 900
 
 
+def damage_behind_the_checksums(good: Path, bad: Path, times: int) -> Iterator[int]:
+    """Writes ``bad`` again and again: ``good`` with a changed pickle inside and the checksum made right."""
+    with zipfile.ZipFile(good) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    (pickle_name,) = [name for name in entries if name.endswith("data.pkl")]
+    source = random.Random(1)
+    for number in range(times):
+        data = bytearray(entries[pickle_name])
+        MUTATIONS[number % len(MUTATIONS)](data, source)
+        with zipfile.ZipFile(bad, "w") as archive:
+            for name, value in entries.items():
+                archive.writestr(name, bytes(data) if name == pickle_name else value)
+        yield number
+
+
 def test_damage_behind_the_checksums(tmp_path, make_network, make_checkpoint):
     """The pickle inside is changed and the checksum made right again, as somebody with intent would.
 
@@ -94,20 +118,11 @@ def test_damage_behind_the_checksums(tmp_path, make_network, make_checkpoint):
     """
     good = tmp_path / "good.pth"
     torch.save(make_checkpoint(make_network(1)), good)
-    with zipfile.ZipFile(good) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    (pickle_name,) = [name for name in entries if name.endswith("data.pkl")]
     network = make_network(2)
     fresh = snapshot(network)
-    source = random.Random(1)
     path, before = tmp_path / "bad.pth", set(os.listdir(tmp_path))
     refused = {"load": 0, "inspect": 0}
-    for number in range(600):
-        data = bytearray(entries[pickle_name])
-        MUTATIONS[number % len(MUTATIONS)](data, source)
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, value in entries.items():
-                archive.writestr(name, bytes(data) if name == pickle_name else value)
+    for number in damage_behind_the_checksums(good, path, 600):
         network.load_state_dict(fresh)
         try:
             report = load_pretrained_encoder(network, path)
@@ -130,6 +145,93 @@ def test_damage_behind_the_checksums(tmp_path, make_network, make_checkpoint):
             assert json.loads(json.dumps(facts))["file"] == str(path), number
     assert min(refused.values()) > 500, refused
     assert set(os.listdir(tmp_path)) == before | {"bad.pth"}
+
+
+@pytest.fixture(scope="module")
+def pretraining(architecture) -> dict:
+    """A checkpoint with the entries of HySparKPretrainTrainer that other commands read."""
+    torch.manual_seed(0)
+    kwargs, settings = architecture(), {"mask_ratio": 0.75, "decoder_width": 16, "flip_axes": [0, 1, 2]}
+    stated = {"network_class_name": NETWORK_CLASS, "arch_kwargs": kwargs, "_kw_requires_import": []}
+    excerpt = {
+        "patch_size": [16, 16, 16], "spacing": [1.0, 1.0, 1.0], "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+    }
+    configuration = {
+        **excerpt, "data_identifier": "x", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
+        "architecture": stated, "hyspark": {"pretraining": settings},
+    }
+    plans = {
+        "plans_name": "nnUNetPlans", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        "label_manager": "LabelManager", "configurations": {"3d_fullres": configuration},
+        "foreground_intensity_properties_per_channel": {"0": {}},
+    }
+    dataset = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+    weights = build_hyspark(1, kwargs, HySparKConfig(decoder_width=16)).state_dict()
+    return {
+        "network_weights": dict(weights),
+        "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": dataset},
+        "hyspark": {
+            "format_version": FORMAT_VERSION, "kind": "pretraining", "architecture": stated, "configuration": excerpt,
+            "channel_names": dataset["channel_names"], "transpose_forward": [0, 1, 2],
+        },
+    }
+
+
+READERS = {
+    "hyspark reconstruct": lambda path: load_pretrained_model(path, torch.device("cpu")),
+    "hyspark plan-finetune": read_source,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_commands_that_rebuild_the_network(tmp_path, pretraining, reader):
+    """What they rebuild has the weights of the file, all of them; else a sentence."""
+    good, path = tmp_path / "good.pth", tmp_path / "bad.pth"
+    torch.save(pretraining, good)
+    READERS[reader](good)
+    refused = 0
+    for number in damage_behind_the_checksums(good, path, 600):
+        try:
+            made = READERS[reader](path)
+        except Exception as error:
+            assert is_one_sentence(error), (number, repr(error))
+            refused += 1
+        else:
+            if reader == "hyspark reconstruct":
+                assert equal(made.network.state_dict(), network_weights(read_checkpoint(path), path)), number
+    assert refused > 450
+
+
+PLACES = [
+    ("init_args", "plans"), ("init_args", "configuration"), ("init_args", "dataset_json"),
+    ("init_args", "plans", "configurations"), ("init_args", "plans", "transpose_forward"),
+    *(("init_args", "plans", "configurations", "3d_fullres", key) for key in (
+        "hyspark", "architecture", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm")),
+    *(("init_args", "plans", "configurations", "3d_fullres", "architecture", "arch_kwargs", key) for key in (
+        "features_per_stage", "strides", "kernel_sizes", "n_blocks_per_stage", "transformer_depth")),
+    *(("hyspark", "architecture", "arch_kwargs", key) for key in (
+        "features_per_stage", "strides", "kernel_sizes", "n_blocks_per_stage", "transformer_depth", "mlp_ratio")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+def test_entries_that_are_gone_or_make_no_sense(tmp_path, pretraining, place):
+    """Each entry that a network is rebuilt from: taken away, or something else in its place."""
+    reader = READERS["hyspark reconstruct" if place[0] == "init_args" else "hyspark plan-finetune"]
+    path = tmp_path / "odd.pth"
+    for value in (None, 7, "text", [10**9] * 3, {}):
+        checkpoint = copy.deepcopy(pretraining)
+        inner = checkpoint
+        for key in place[:-1]:
+            inner = inner[key]
+        del inner[place[-1]]
+        if value is not None:
+            inner[place[-1]] = value
+        torch.save(checkpoint, path)
+        with pytest.raises(ValueError, match="odd.pth (does not describe its network|has no encoder that a)") as error:
+            reader(path)
+        assert is_one_sentence(error.value), value
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,5 +1,6 @@
 """Files of the official HySparK release: in, out and back, numerically checked."""
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -109,6 +110,24 @@ def test_loss_for_going_on(golden, official_file, tmp_path):
     assert not report.of("fresh") and not report.of("adapted")
     loss = reconstruction_loss(golden["image"], model(golden["image"], golden["active"]), golden["active"])
     assert loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["training file"], indirect=True)
+def test_report_as_json(golden, official_file, tmp_path, capsys):
+    """On request, tensor by tensor: every official one is accounted for."""
+    ours, written = tmp_path / "ours.pth", tmp_path / "report.json"
+    assert main(["import", str(official_file), "-o", str(ours), "--json", str(written)]) == 0
+    report = json.loads(written.read_text())
+    assert report["source"] == str(official_file) and "attention heads: 6" in " ".join(report["notes"])
+    taken = [entry for entry in report["entries"] if entry["action"] != "fresh"]
+    assert len(taken) == len(golden["state_dict"])
+    weights = torch.load(ours, weights_only=True)["network_weights"]
+    for entry in report["entries"]:
+        if entry["target_shape"] is not None:
+            assert tuple(entry["target_shape"]) == tuple(weights[entry["name"]].shape)
+            assert entry["parameters"] == weights[entry["name"]].numel()
+    assert main(["import", str(official_file), "-o", str(tmp_path / "other.pth"), "--json", str(written)]) == 2
+    assert "report.json exists already" in capsys.readouterr().err and not (tmp_path / "other.pth").exists()
 
 
 def assert_equal(ours: dict, theirs: dict) -> None:

@@ -59,6 +59,14 @@ def test_missing_file(tmp_path):
         read_checkpoint(tmp_path / "no.pth")
 
 
+def test_empty_file(tmp_path, make_network):
+    path = tmp_path / "empty.pth"
+    path.write_bytes(b"")
+    for read in (read_checkpoint, lambda file: load_pretrained_encoder(make_network(), file)):
+        with pytest.raises(ValueError, match="empty.pth is empty; .* use another checkpoint"):
+            read(path)
+
+
 @pytest.mark.parametrize("archive", [True, False])
 def test_code_is_refused_and_not_executed(tmp_path, archive):
     trace = tmp_path / "executed"

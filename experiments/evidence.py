@@ -77,11 +77,11 @@ def plot_curves(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[s
     """Learning curves, a panel per number of labelled cases; returns the file's name."""
     figure, axes = plt.subplots(1, len(counts), figsize=(4 * len(counts), 3.2), squeeze=False, sharey=True)
     for axis, count in zip(axes[0], counts):
-        for arm in study["arms"]:
+        for number, arm in enumerate(study["arms"]):
             if (arm, count) in groups:
                 values = curve(groups[arm, count])
                 steps = study["finetuning"]["iterations_per_epoch"] * np.arange(1, len(values) + 1)
-                axis.plot(steps, values, label=arm)
+                axis.plot(steps, values, f"C{number}", label=arm)
         axis.set_title(f"{count} labelled cases")
         axis.set_xlabel("steps")
         axis.grid(alpha=0.3)

@@ -37,6 +37,7 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         super().initialize()
         self.weights_were_loaded = False
         self.bad_steps_in_a_row = 0
+        self.encoder_is_frozen = False
         network = unwrap(self.network)
         if isinstance(network, HySparKUNet):
             network.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)

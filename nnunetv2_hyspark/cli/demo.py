@@ -28,7 +28,7 @@ class Size:
     iterations: int
 
 
-FULL = Size(unlabelled=32, labelled=10, test=6, pretraining_epochs=6, finetuning_epochs=8, iterations=30)
+FULL = Size(unlabelled=32, labelled=10, test=6, pretraining_epochs=6, finetuning_epochs=14, iterations=30)
 SHORT = Size(unlabelled=8, labelled=5, test=2, pretraining_epochs=2, finetuning_epochs=2, iterations=5)
 
 

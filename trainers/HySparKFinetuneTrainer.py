@@ -37,7 +37,6 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         super().initialize()
         self.weights_were_loaded = False
         self.bad_steps_in_a_row = 0
-        self.encoder_is_frozen = False
         network = unwrap(self.network)
         if isinstance(network, HySparKUNet):
             network.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
@@ -106,7 +105,7 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         """nnU-Net's; counts steps for the schedule and logs the decoder's rate."""
         self.network.train()
         self.step_in_epoch = 0
-        self.freeze_encoder(is_frozen(self.settings.finetuning, self.current_epoch))
+        self.freeze_encoder(self.encoder_is_frozen)
         self.lr_scheduler.step(self.current_epoch)
         rates = {group.get("name", "all"): group["lr"] for group in self.optimizer.param_groups}
         self.print_to_log_file("")
@@ -114,9 +113,13 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         self.print_to_log_file("Current learning rate:", ", ".join(f"{n} {r:.3g}" for n, r in rates.items()))
         self.logger.log("lrs", max(rates.values()), self.current_epoch)
 
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """In the present epoch."""
+        return is_frozen(self.settings.finetuning, self.current_epoch)
+
     def freeze_encoder(self, frozen: bool) -> None:
         """Leaves the encoder out of backward pass, clipping and optimizer, or takes it in again."""
-        self.encoder_is_frozen = frozen
         if isinstance(self.network, DistributedDataParallel):
             # it waits in every step for the gradients of all parameters that were trained when it was made; so they
             # are computed, and dropped in backward()

@@ -113,7 +113,13 @@ def make_step(request: Request, variant: str) -> Callable[[], float]:
 
 def make_encoder(request: Request, variant: str, backward: bool) -> Callable[[], object]:
     """The encoder alone, forward or forward and backward."""
-    model, image, visible = build(request, variant)
+    return encoder_run(request, *build(request, variant), backward)
+
+
+def encoder_run(
+    request: Request, model: HySparK, image: torch.Tensor, visible: torch.Tensor, backward: bool
+) -> Callable[[], object]:
+    """The encoder of a network on images ``(B, C, D, H, W)`` with visible cells ``(B, g0, g1, g2)``."""
 
     def run() -> object:
         with torch.set_grad_enabled(backward):

@@ -20,7 +20,7 @@ from ..transfer.description import package_versions
 from .loading import measure_loading, write_cases
 from .memory import peak_gb
 from .operations import counted_gb, forward_gmac
-from .request import VARIANTS, Request, autocast, build, make_encoder, make_step
+from .request import VARIANTS, Request, autocast, build, encoder_run, make_encoder, make_step
 from .segmentation import networks, parameters, segmentation_loss
 from .sweep import sweep
 from .tables import loading_table, summary, sweep_table, table
@@ -207,22 +207,10 @@ def by_ratio(request: Request, ratios: Sequence[float], device: torch.device) ->
     """Encoder forward and backward at each mask ratio over the same with every cell visible, in rounds."""
     model, image, visible = build(request, "blocks")
     generator = torch.Generator().manual_seed(0)
-
-    def run_with(mask: torch.Tensor) -> Callable[[], object]:
-        def run() -> object:
-            with autocast(request):
-                layout = model.lay_out(mask)
-                features = model.encoder(layout.gather(image), layout)
-            model.zero_grad(set_to_none=True)
-            sum(feature.float().square().mean() for feature in features).backward()
-            return features
-
-        return run
-
-    runs = {"0": run_with(torch.ones_like(visible))}
+    masks = {"0": torch.ones_like(visible)}
     for ratio in ratios:
-        mask = model.draw_mask(request.batch, request.size, ratio, generator).to(device)
-        runs[str(ratio)] = run_with(mask)
+        masks[str(ratio)] = model.draw_mask(request.batch, request.size, ratio, generator).to(device)
+    runs = {name: encoder_run(request, model, image, mask, backward=True) for name, mask in masks.items()}
     timings = interleave(runs, request.repeats, request.budget, device)
     return {str(ratio): 1 / timings.ratio("0", str(ratio)) for ratio in ratios}
 

@@ -15,6 +15,8 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from .writing import no_room
+
 TEMPORARY_PREFIX = ".unfinished-"
 # what nibabel raises for damaged headers and pixels; HeaderDataError is neither a ValueError nor an ImageFileError
 _NIBABEL_ERRORS = (
@@ -196,8 +198,7 @@ def write_nifti(image: sitk.Image, target: Path) -> None:
         free = shutil.disk_usage(target.parent).free
         needed = image.GetNumberOfPixels() * image.GetSizeOfPixelComponent()
         code = errno.ENOSPC if free < needed else errno.EIO
-        problem = f"cannot write it ({last_line(error)}; {free / 2**20:.0f} MiB free)"
-        raise OSError(code, f"{problem}; make room and run the same command again", str(target)) from None
+        raise no_room(code, last_line(error), target) from None
     finally:
         temporary.unlink(missing_ok=True)
 

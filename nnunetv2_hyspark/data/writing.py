@@ -29,9 +29,14 @@ def told_if_full(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        free = shutil.disk_usage(target.parent).free
-        problem = f"cannot write it ({error.strerror}; {free / 2**20:.0f} MiB free)"
-        raise OSError(error.errno, f"{problem}; make room and run the same command again", str(target)) from None
+        raise no_room(error.errno, str(error.strerror), target) from None
+
+
+def no_room(code: int, reason: str, target: Path) -> OSError:
+    """The error for a file that could not be written, with what is free in its folder and what to do."""
+    free = shutil.disk_usage(target.parent).free
+    problem = f"cannot write it ({reason}; {free / 2**20:.0f} MiB free)"
+    return OSError(code, f"{problem}; make room and run the same command again", str(target))
 
 
 @contextmanager

@@ -11,22 +11,24 @@ from nnunetv2_hyspark.pretext.build import build_hyspark
 from nnunetv2_hyspark.pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
 
 
-def make_model(cnn: str) -> HySparK:
+def make_model(cnn: str, hidden_neighbours: str) -> HySparK:
     """A small network with 4x4x4 junction cells."""
     torch.manual_seed(0)
     config = ArchitectureConfig(cnn=cnn, base_width=4, head_width=4, transformer_depth=1)
     kwargs = derive_arch_kwargs([(1, 1, 1), (2, 2, 2), (2, 2, 2)], [(3, 3, 3)] * 3, config)
-    return build_hyspark(1, kwargs, HySparKConfig())
+    return build_hyspark(1, kwargs, HySparKConfig(hidden_neighbours=hidden_neighbours))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16], ids=["float64", "autocast"])
-@pytest.mark.parametrize("cnn", ["mednext", "residual"])
-def test_compiled_equals_eager_with_one_graph_break(cnn: str, precision: torch.dtype):
+@pytest.mark.parametrize(
+    ("cnn", "hidden_neighbours"), [("mednext", "zero"), ("mednext", "nearest"), ("residual", "zero")]
+)
+def test_compiled_equals_eager_with_one_graph_break(cnn: str, hidden_neighbours: str, precision: torch.dtype):
     mixed = precision == torch.bfloat16
     torch._dynamo.reset()
     counters.clear()
-    model = make_model(cnn)
+    model = make_model(cnn, hidden_neighbours)
     if not mixed:
         model = model.double()
     compiled = torch.compile(model, backend="aot_eager")

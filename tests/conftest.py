@@ -3,9 +3,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from nnunetv2_hyspark import _startup
+from nnunetv2_hyspark.cli.main import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -14,6 +16,25 @@ settings.register_profile("hyspark", deadline=None)
 settings.load_profile("hyspark")
 
 _startup.install()  # so that tests also run from a checkout that is not installed
+
+
+@pytest.fixture(scope="session")
+def golden(shared_data) -> dict:
+    """The stored run of a small official HySparK; its mask without the channel axis."""
+    path = shared_data / "golden" / "official_mini.pt"
+    if not path.is_file():
+        pytest.skip(f"{path} does not exist")
+    stored = torch.load(path, weights_only=True)
+    return {**stored, "active": stored["active"][:, 0]}
+
+
+@pytest.fixture
+def imported_official(golden, tmp_path, capsys) -> tuple[Path, str]:
+    """The stored weights as an official training file through `hyspark import`: our file, and what was printed."""
+    official, ours = tmp_path / "official.pth", tmp_path / "ours.pth"
+    torch.save(golden["state_dict"], official)
+    assert main(["import", str(official), "-o", str(ours)]) == 0
+    return ours, capsys.readouterr().out
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -13,21 +12,10 @@ from nnunetv2_hyspark.transfer.loading import load_pretrained_encoder
 NAME = "nnUNetHySparKFinetunePlans"
 
 
-@pytest.fixture
-def imported(shared_data, tmp_path):
-    """The small official training file, through `hyspark import`."""
-    golden = shared_data / "golden" / "official_mini.pt"
-    if not golden.is_file():
-        pytest.skip(f"{golden} does not exist")
-    official, ours = tmp_path / "official.pth", tmp_path / "ours.pth"
-    torch.save(torch.load(golden, weights_only=True)["state_dict"], official)
-    assert main(["import", str(official), "-o", str(ours)]) == 0
-    return ours
-
-
 @pytest.mark.slow
-def test_plan_for_official_weights(imported, make_dataset, folders, capsys):
+def test_plan_for_official_weights(imported_official, make_dataset, folders, capsys):
     """The file says no spacing, so the target's is asked for; the planned network takes the whole encoder."""
+    imported, _ = imported_official
     dataset = make_dataset(10, "Target", (70, 80, 64), (2.0, 1.5, 1.5), ["CT"])
     assert main(["plan-finetune", "-d", "10", "--from", str(imported)]) == 2
     assert "does not tell the spacing it was pre-trained at; use --spacing default" in capsys.readouterr().err

@@ -15,16 +15,6 @@ from nnunetv2_hyspark.transfer.official import from_official, our_name
 STRIDES = [(1, 1, 1)] + [(2, 2, 2)] * 4
 
 
-@pytest.fixture(scope="module")
-def golden(shared_data):
-    """The stored run; its mask without the channel axis."""
-    path = shared_data / "golden" / "official_mini.pt"
-    if not path.is_file():
-        pytest.skip(f"{path} does not exist")
-    stored = torch.load(path, weights_only=True)
-    return {**stored, "active": stored["active"][:, 0]}
-
-
 def load(golden: dict, layout=BlockLayout, fuse_finest: bool = False) -> HySparK:
     """The official variant with the official weights, in train mode."""
     config = golden["config"]

@@ -5,21 +5,15 @@ from __future__ import annotations
 import json
 import re
 
-import pytest
 import torch
 
 from nnunetv2_hyspark.cli.main import main
 from nnunetv2_hyspark.training.checkpoints import FINAL
 
 
-def test_goes_on_from_an_official_file(small_dataset, make_trainer, shared_data, tmp_path, capsys) -> None:
-    golden = shared_data / "golden" / "official_mini.pt"
-    if not golden.is_file():
-        pytest.skip(f"{golden} does not exist")
-    official, ours = tmp_path / "official.pth", tmp_path / "ours.pth"
-    torch.save(torch.load(golden, weights_only=True)["state_dict"], official)
-    assert main(["import", str(official), "-o", str(ours)]) == 0
-    (settings,) = re.findall("export nnUNet_hyspark='(.*)'", capsys.readouterr().out)
+def test_goes_on_from_an_official_file(small_dataset, make_trainer, imported_official, tmp_path) -> None:
+    ours, printed = imported_official
+    (settings,) = re.findall("export nnUNet_hyspark='(.*)'", printed)
     path = small_dataset / "nnUNetPlans.json"
     plans = json.loads(path.read_text())
     configuration = plans["configurations"]["3d_fullres"]

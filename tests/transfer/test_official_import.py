@@ -19,16 +19,6 @@ from nnunetv2_hyspark.transfer.official import official_name, our_name
 PREFIX = "sparse_encoder."
 
 
-@pytest.fixture(scope="module")
-def golden(shared_data):
-    """The stored run; its mask without the channel axis."""
-    path = shared_data / "golden" / "official_mini.pt"
-    if not path.is_file():
-        pytest.skip(f"{path} does not exist")
-    stored = torch.load(path, weights_only=True)
-    return {**stored, "active": stored["active"][:, 0]}
-
-
 def encoder_part(state: dict) -> dict:
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from ..geometry import Size3, as_size3
 from ..networks.topology import architecture_of
+from ..pretext.build import build_hyspark
 from ..pretext.hyspark import HySparKConfig
 from ..training.settings import resolve_settings
+from ..transfer.rebuilding import reason_of
+
+# what values of the wrong kind make their readers raise
+_ODD = (AttributeError, IndexError, KeyError, RuntimeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,26 @@ def read_plan(file: Path, name: str) -> PlannedNetwork:
         plans = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); expected a plans file.") from None
+    try:
+        planned = _planned(plans, file, name)
+    except _ODD as error:
+        raise _no_network(file, name, error) from None
+    try:
+        with torch.device("meta"):  # a description without sense shows here, before memory is asked for
+            build_hyspark(planned.channels, planned.arch_kwargs, planned.pretraining)
+    except (*_ODD, ArithmeticError, ValueError) as error:
+        raise _no_network(file, name, error) from None
+    return planned
+
+
+def _no_network(file: Path, name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"configuration {name} of {file} does not describe a network ({reason_of(error)}); plan again, for example "
+        f"with -pl HySparKPlanner."
+    )
+
+
+def _planned(plans: Any, file: Path, name: str) -> PlannedNetwork:
     resolved = _resolve(plans, file, name)
     if resolved.get("previous_stage") is not None:
         raise ValueError(
@@ -97,5 +124,5 @@ def read_plan(file: Path, name: str) -> PlannedNetwork:
     arch_kwargs = architecture_of(resolved, settings.architecture)["arch_kwargs"]
     return PlannedNetwork(
         str(file), name, len(resolved["normalization_schemes"]), as_size3(resolved["patch_size"], "patch size"),
-        settings.pretraining.batch_size or resolved["batch_size"], arch_kwargs, settings.pretraining,
+        settings.pretraining.batch_size or operator.index(resolved["batch_size"]), arch_kwargs, settings.pretraining,
     )

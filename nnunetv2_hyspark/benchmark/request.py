@@ -125,10 +125,10 @@ def encoder_run(
         with torch.set_grad_enabled(backward):
             with autocast(request):
                 layout = model.lay_out(visible)
-                features = model.encoder(layout.gather(image), layout)
+                features = model.encode(image, layout)
             if backward:
                 model.zero_grad(set_to_none=True)
-                sum(feature.float().square().mean() for feature in features).backward()
+                torch.stack([feature.float().square().mean() for feature in features]).sum().backward()
         return features
 
     return run

@@ -43,7 +43,7 @@ def check_agreement(request: Request) -> dict[str, dict[str, float]]:
             losses[variant] = reconstruction_loss(image, model(image, visible), visible).item()
         with autocast(request):
             layout = model.lay_out(visible)
-            features = [layout.scatter(feature) for feature in model.encoder(layout.gather(image), layout)]
+            features = [layout.scatter(feature) for feature in model.encode(image, layout)]
         total = torch.stack([feature.float().square().mean() for feature in features]).sum()
         of_encoder = torch.autograd.grad(total, list(model.encoder.parameters()))
         gradients[variant] = torch.cat([gradient.flatten() for gradient in of_encoder]).cpu()

@@ -68,16 +68,18 @@ class HybridEncoder(nn.Module):
             Features finest first, dense ``(B, C_i, D_i, H_i, W_i)`` or in the layout's sparse form.
         """
         *skips, junction = self.cnn(image, layout)
+        return [*skips, self.transform(junction, layout)]
+
+    def transform(self, junction: torch.Tensor, layout: SparseLayout | None = None) -> torch.Tensor:
+        """The transformer alone, on the CNN's last feature map; dense or in the layout's form, in and out."""
         if self.transformer is None:
-            return [*skips, junction]
+            return junction
         if layout is None:
             batch_size, channels = junction.shape[:2]
             grid = as_size3(junction.shape[2:])
             cell = torch.arange(junction[0, 0].numel(), device=junction.device)[None]
             tokens = self.transformer(junction.flatten(2).transpose(1, 2), cell, grid)
-            junction = tokens.transpose(1, 2).reshape(batch_size, channels, *grid)
-        else:
-            tokens, cell, padding = layout.to_tokens(junction)
-            tokens = self.transformer(tokens, cell, as_size3(layout.visible.shape[1:]), padding)
-            junction = layout.from_tokens(tokens)
-        return [*skips, junction]
+            return tokens.transpose(1, 2).reshape(batch_size, channels, *grid)
+        tokens, cell, padding = layout.to_tokens(junction)
+        tokens = self.transformer(tokens, cell, as_size3(layout.visible.shape[1:]), padding)
+        return layout.from_tokens(tokens)

@@ -81,6 +81,9 @@ class UpBlock(nn.Module):
         return upsample_conv3d(x, up.weight, up_bias, first.weight, first.bias, self.stride)
 
 
+SKIPS = ("concatenate", "add", "none")
+
+
 class ReconstructionDecoder(nn.Module):
     """Fills masked cells with mask tokens, projects every scale, and decodes with skip connections.
 
@@ -93,9 +96,11 @@ class ReconstructionDecoder(nn.Module):
         fuse_finest: whether the finest scale's features are fused too, as equation 4 says; the official release
             leaves that fusion out.
         norm: see :func:`decoder_norm`.
+        skips: how the encoder's scales join the decoder: ``"concatenate"`` and fuse by convolutions (equation 4),
+            ``"add"`` as SparK does, or ``"none"`` but the junction's (the paper's table 5).
 
     Raises:
-        ValueError: if the width cannot be halved often enough.
+        ValueError: if the width cannot be halved often enough, or ``skips`` is unknown.
     """
 
     def __init__(
@@ -107,9 +112,12 @@ class ReconstructionDecoder(nn.Module):
         width: int,
         fuse_finest: bool = True,
         norm: str = "instance",
+        skips: str = "concatenate",
     ):
         super().__init__()
         n_scales = len(feature_channels)
+        if skips not in SKIPS:
+            raise ValueError(f"skips is {skips!r}; expected one of {', '.join(SKIPS)}.")
         if width % 2 ** (n_scales - 1):
             raise ValueError(
                 f"decoder_width is {width}; with {n_scales} scales it must be a multiple of {2 ** (n_scales - 1)}."
@@ -118,7 +126,7 @@ class ReconstructionDecoder(nn.Module):
         widths = [width // 2**step for step in range(n_scales)]
         kernels = [as_size3(kernel_sizes[scale], "kernel size") for scale in coarse_to_fine]
         channels = [feature_channels[scale] for scale in coarse_to_fine]
-        self.n_fused = n_scales if fuse_finest else n_scales - 1
+        self.n_fused = 1 if skips == "none" else n_scales if fuse_finest else n_scales - 1
         self.mask_tokens = nn.ParameterList(
             nn.Parameter(torch.empty(c)) for c in channels[: self.n_fused]
         )
@@ -132,8 +140,9 @@ class ReconstructionDecoder(nn.Module):
             UpBlock(wide, narrow, as_size3(strides[scale], "stride"), kernel, norm)
             for wide, narrow, scale, kernel in zip(widths, widths[1:], coarse_to_fine, kernels[1:])
         )
+        fused_widths = widths[1 : self.n_fused] if skips == "concatenate" else []
         self.fuse = nn.ModuleList(
-            DoubleConv(2 * w, w, kernel, norm) for w, kernel in zip(widths[1 : self.n_fused], kernels[1:])
+            DoubleConv(2 * w, w, kernel, norm) for w, kernel in zip(fused_widths, kernels[1:])
         )
         self.head = Conv3d(widths[-1], output_channels, (1, 1, 1))
 
@@ -156,6 +165,8 @@ class ReconstructionDecoder(nn.Module):
         x = projected[0]
         for step, up in enumerate(self.up):
             x = up(x)
-            if step + 1 < self.n_fused:
+            if step < len(self.fuse):
                 x = self.fuse[step](torch.cat([x, projected[step + 1]], dim=1))
+            elif step + 1 < self.n_fused:
+                x = x + projected[step + 1]
         return self.head(x)

@@ -35,7 +35,7 @@ def build_hyspark(
     Args:
         input_channels: image channels.
         arch_kwargs: of :class:`nnunetv2_hyspark.networks.segmentation.HySparKUNet`.
-        config: decoder width, fusion and norm, and what stands for hidden voxels.
+        config: width, fusion, norm and skip connections of the decoder, and how the encoder is masked.
         layout: how masked input is computed.
 
     Raises:
@@ -62,5 +62,6 @@ def build_hyspark(
         width,
         config.fuse_finest,
         config.decoder_norm,
+        config.skips,
     )
-    return HySparK(encoder, decoder, layout, config.hidden_neighbours)
+    return HySparK(encoder, decoder, layout, config.hidden_neighbours, config.bottom_up)

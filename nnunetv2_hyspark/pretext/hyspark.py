@@ -11,7 +11,7 @@ from torch import nn
 from ..geometry import Size3, as_size3, block_shapes, divide
 from ..masking import random_visible
 from ..networks.encoder import HybridEncoder
-from ..networks.reconstruction import ReconstructionDecoder
+from ..networks.reconstruction import SKIPS, ReconstructionDecoder
 from ..sparse import BlockLayout, SparseLayout
 
 
@@ -33,6 +33,11 @@ class HySparKConfig:
                   "convolutions: zero, as in the paper, or the nearest voxel of the visible cell, which keeps features "
                   "closer to those of a whole image"},
     )
+    bottom_up: bool = field(
+        default=True,
+        metadata={"help": "mask the CNN's feature maps too; false: only the image and the transformer's tokens are "
+                  "masked, and the CNN runs on all of an image with zeros in it (slow; for comparison)"},
+    )
     decoder_width: int = field(
         default=0,
         metadata={"range": (0, 4096), "help": "channels of the reconstruction decoder at the junction, halved per "
@@ -40,6 +45,11 @@ class HySparKConfig:
     )
     fuse_finest: bool = field(
         default=True, metadata={"help": "fuse the finest scale too (equation 4); the official release does not"}
+    )
+    skips: str = field(
+        default="concatenate",
+        metadata={"choices": SKIPS, "help": "how the encoder's scales join the reconstruction decoder: concatenated "
+                  "and fused by convolutions, added, or not at all but for the junction"},
     )
     decoder_norm: str = field(
         default="instance", metadata={"choices": ("instance", "batch"), "help": "norm of the reconstruction decoder"}
@@ -189,6 +199,8 @@ class HySparK(nn.Module):
         layout: how masked input is computed: :class:`BlockLayout`, or :class:`DenseMaskLayout` for reference; called
             with the mask and ``hidden_neighbours``.
         hidden_neighbours: what convolutions take for hidden voxels, ``"zero"`` or ``"nearest"``.
+        bottom_up: whether the CNN computes visible cells alone; else it runs on the whole image with zeros in hidden
+            cells, and what it made of those is dropped (the paper's table 5, "w/o bottom-up masking").
 
     Attributes:
         hyspark_load_pretrained: who loads ``-pretrained_weights`` in place of nnU-Net, given the file's name; a trainer
@@ -203,12 +215,14 @@ class HySparK(nn.Module):
         reconstruction: ReconstructionDecoder,
         layout: Callable[[torch.Tensor, str], SparseLayout] = BlockLayout,
         hidden_neighbours: str = "zero",
+        bottom_up: bool = True,
     ):
         super().__init__()
         self.encoder = encoder
         self.reconstruction = reconstruction
         self.layout = layout
         self.hidden_neighbours = hidden_neighbours
+        self.bottom_up = bottom_up
         self.kernels = list(zip(block_shapes(encoder.strides), encoder.cnn.kernel_sizes))
 
     def draw_mask(
@@ -235,4 +249,12 @@ class HySparK(nn.Module):
             ``(B, C, D, H, W)``, in units of each cell's standard deviation around its mean.
         """
         layout = self.lay_out(visible)
-        return self.reconstruction(self.encoder(layout.gather(image), layout), layout)
+        return self.reconstruction(self.encode(image, layout), layout)
+
+    def encode(self, image: torch.Tensor, layout: SparseLayout) -> list[torch.Tensor]:
+        """Features of an image's visible cells, finest first, in the layout's form."""
+        sparse = layout.gather(image)
+        if self.bottom_up:
+            return self.encoder(sparse, layout)
+        *skips, junction = (layout.gather(feature) for feature in self.encoder.cnn(layout.scatter(sparse)))
+        return [*skips, self.encoder.transform(junction, layout)]

@@ -53,7 +53,7 @@ def representation_health(
         visible: boolean ``(B, g0, g1, g2)``.
     """
     layout = network.lay_out(visible)
-    features = network.encoder(layout.gather(image), layout)
+    features = network.encode(image, layout)
     tokens, _, padding = layout.to_tokens(features[-1])
     rows = tokens.flatten(0, 1) if padding is None else tokens[~padding]
     prediction = network.reconstruction(features, layout)

@@ -64,10 +64,11 @@ def _check_expressible(weights: Mapping[str, torch.Tensor], source: str, encoder
     scales = sum(name.startswith("reconstruction.up.") and name.endswith(".upsample.weight") for name in weights)
     fused = sum(name.startswith("reconstruction.mask_tokens.") for name in weights)
     batch_norm = any(name.endswith(".running_mean") for name in weights)
-    if fused != scales or not batch_norm:
+    concatenated = any(name.startswith("reconstruction.fuse.") for name in weights) or fused < 2
+    if fused != scales or not batch_norm or not concatenated:
         raise ValueError(
             f"{source} has a decoder that the official release cannot express; pre-train with "
-            f"fuse_finest=false,decoder_norm=batch, or export the encoder alone with --encoder-only."
+            f"fuse_finest=false,decoder_norm=batch,skips=concatenate, or export the encoder alone with --encoder-only."
         )
 
 

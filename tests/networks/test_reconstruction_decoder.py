@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nnunetv2_hyspark.masking import upsample_mask
-from nnunetv2_hyspark.networks.reconstruction import ReconstructionDecoder, decoder_norm
+from nnunetv2_hyspark.networks.reconstruction import SKIPS, ReconstructionDecoder, decoder_norm
 from nnunetv2_hyspark.sparse import BlockLayout
 
 STRIDES = [(1, 1, 1), (1, 2, 2), (2, 2, 2)]
@@ -31,13 +31,14 @@ def features():
     return dense, visible, BlockLayout(visible)
 
 
+@pytest.mark.parametrize("skips", SKIPS)
 @pytest.mark.parametrize("fuse_finest", [True, False])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_equations(features, fuse_finest, norm):
+def test_equations(features, fuse_finest, norm, skips):
     """Densify with the scale's token, project, start at the junction, up-sample and fuse scale by scale."""
     dense, visible, layout = features
-    decoder = make(fuse_finest=fuse_finest, norm=norm)
-    fused = 3 if fuse_finest else 2
+    decoder = make(fuse_finest=fuse_finest, norm=norm, skips=skips)
+    fused = 1 if skips == "none" else 3 if fuse_finest else 2
     projected = []
     for step, scale in enumerate([2, 1, 0][:fused]):
         feature, token = dense[scale], decoder.mask_tokens[step]
@@ -47,8 +48,10 @@ def test_equations(features, fuse_finest, norm):
     x = projected[0]
     for step, up in enumerate(decoder.up):
         x = up.convs(up.upsample(x))
-        if step + 1 < fused:
+        if step + 1 < fused and skips == "concatenate":
             x = decoder.fuse[step](torch.cat([x, projected[step + 1]], 1))
+        elif step + 1 < fused:
+            x = x + projected[step + 1]
     expected = decoder.head(x)
     ours = decoder([layout.gather(feature) for feature in dense], layout)
     assert ours.shape == (2, 2, 4, 8, 8)
@@ -64,11 +67,19 @@ def test_parts():
     assert all(token.abs().max() <= 0.02 and token.abs().max() > 0 for token in decoder.mask_tokens)
     without = make(fuse_finest=False)
     assert [len(part) for part in (without.mask_tokens, without.projections, without.fuse)] == [2, 2, 1]
+    added, none = make(skips="add"), make(skips="none")
+    assert [len(part) for part in (added.mask_tokens, added.projections, added.fuse)] == [3, 3, 0]
+    assert [len(part) for part in (none.mask_tokens, none.projections, none.fuse)] == [1, 1, 0]
 
 
 def test_width_must_be_halved_often_enough():
     with pytest.raises(ValueError, match="decoder_width is 10; with 3 scales it must be a multiple of 4"):
         make(width=10)
+
+
+def test_unknown_skips():
+    with pytest.raises(ValueError, match="skips is 'sum'; expected one of concatenate, add, none"):
+        make(skips="sum")
 
 
 def test_unknown_norm():

@@ -14,14 +14,17 @@ STRIDES = {
 
 
 def _make_model(
-    topology="isotropic", channels=1, depth=2, fuse_finest=True, norm="instance", layout=BlockLayout, hidden="zero"
+    topology="isotropic", channels=1, depth=2, fuse_finest=True, norm="instance", layout=BlockLayout, hidden="zero",
+    skips="concatenate", bottom_up=True,
 ) -> HySparK:
     torch.manual_seed(0)
     strides = STRIDES[topology]
     kernels = [(1, 3, 3) if topology == "anisotropic" else (3, 3, 3), (3, 3, 3), (3, 3, 3)]
     encoder = build_encoder(channels, [4, 6, 12], strides, kernels, [1, 2, 1], [2, 3, 2], depth, 2, 2.0)
-    reconstruction = ReconstructionDecoder(channels, encoder.feature_channels, strides, kernels, 8, fuse_finest, norm)
-    return HySparK(encoder, reconstruction, layout, hidden).double()
+    reconstruction = ReconstructionDecoder(
+        channels, encoder.feature_channels, strides, kernels, 8, fuse_finest, norm, skips
+    )
+    return HySparK(encoder, reconstruction, layout, hidden, bottom_up).double()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,13 @@ from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
 
 TOPOLOGIES = ["isotropic", "anisotropic"]
-HIDDEN = ["zero", "nearest"]
+MASKINGS = {"zero": {}, "nearest": {"hidden": "nearest"}, "not bottom-up": {"bottom_up": False}}
+
+
+@pytest.fixture(params=list(MASKINGS))
+def masking(request) -> dict:
+    """How the encoder is masked, as options of the model."""
+    return MASKINGS[request.param]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,13 +36,12 @@ def before_norm(name: str, model) -> bool:
     return isinstance(following, (torch.nn.InstanceNorm3d, torch.nn.BatchNorm3d))
 
 
-@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("filler", ["noise", 1e30, float("inf"), float("nan")])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_masked_voxels_change_nothing(make_model, batch, topology, norm, filler, hidden):
+def test_masked_voxels_change_nothing(make_model, batch, topology, norm, filler, masking):
     """Features, reconstruction and every gradient stay bit-equal, whatever masked voxels hold."""
-    model = make_model(topology, 2, norm=norm, hidden=hidden)
+    model = make_model(topology, 2, norm=norm, **masking)
     image, visible = batch(model, channels=2)
     mask = upsample_mask(visible, model.encoder.junction_stride)
     replacement = noise(*image.shape, seed=9) if filler == "noise" else torch.full_like(image, filler)
@@ -44,7 +49,7 @@ def test_masked_voxels_change_nothing(make_model, batch, topology, norm, filler,
     for seen in (image, torch.where(mask, image, replacement)):
         seen = seen.clone().requires_grad_()
         layout = model.lay_out(visible)
-        features = model.encoder(layout.gather(seen), layout)
+        features = model.encode(seen, layout)
         reconstruction = model(seen, visible)
         loss = reconstruction_loss(image, reconstruction, visible)
         names, parameters = zip(*model.named_parameters())
@@ -68,13 +73,12 @@ def test_visible_voxels_do_matter(make_model, batch, topology, fuse_finest):
     assert torch.equal(gradient != 0, upsample_mask(visible, model.encoder.junction_stride))
 
 
-@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("batch_size", [3, 5])
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_batch_equals_one_by_one(make_model, batch, topology, depth, batch_size, hidden):
+def test_batch_equals_one_by_one(make_model, batch, topology, depth, batch_size, masking):
     """With instance norm a batch is its samples: reconstruction, and gradients of the sum of their losses."""
-    model = make_model(topology, depth=depth, hidden=hidden)
+    model = make_model(topology, depth=depth, **masking)
     image, visible = batch(model, batch_size)
     assert len(set(visible.flatten(1).sum(1).tolist())) > 1
     together = model(image, visible)
@@ -98,13 +102,12 @@ def test_order_of_the_batch_does_not_matter(make_model, batch):
     torch.testing.assert_close(model(image, visible)[order], model(image[order], visible[order]), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("fuse_finest", [True, False])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_blocks_equal_the_masked_reference(make_model, batch, topology, fuse_finest, norm, hidden):
+def test_blocks_equal_the_masked_reference(make_model, batch, topology, fuse_finest, norm, masking):
     ours, reference = (
-        make_model(topology, 2, fuse_finest=fuse_finest, norm=norm, layout=kind, hidden=hidden)
+        make_model(topology, 2, fuse_finest=fuse_finest, norm=norm, layout=kind, **masking)
         for kind in (BlockLayout, DenseMaskLayout)
     )
     image, visible = batch(ours, channels=2)
@@ -118,17 +121,45 @@ def test_blocks_equal_the_masked_reference(make_model, batch, topology, fuse_fin
         torch.testing.assert_close(first[name], second[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_not_bottom_up_is_the_cnn_on_an_image_with_holes(make_model, batch, topology):
+    """At visible cells its features are those of the whole image with zeros, unlike the submanifold CNN's."""
+    model, other = make_model(topology, bottom_up=False), make_model(topology)
+    image, visible = batch(model)
+    holes = image * upsample_mask(visible, model.encoder.junction_stride)
+    layout = model.lay_out(visible)
+    ours = [layout.scatter(feature) for feature in model.encode(image, layout)]
+    submanifold = [layout.scatter(feature) for feature in other.encode(image, layout)]
+    *skips, junction = model.encoder.cnn(holes)
+    tokens = model.encoder.transform(layout.gather(junction), layout)
+    for feature, dense, sparse in zip(ours, [*skips, layout.scatter(tokens)], submanifold):
+        block = tuple(f // g for f, g in zip(feature.shape[2:], visible.shape[1:]))
+        torch.testing.assert_close(feature, dense * upsample_mask(visible, block), rtol=0, atol=1e-12)
+        assert (feature - sparse).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("fuse_finest", [True, False])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_parameter_is_trained(make_model, batch, topology, fuse_finest, depth, norm):
     """No parameter is idle, but for the official variant's biases, which its batch norms remove."""
-    model = make_model(topology, depth=depth, fuse_finest=fuse_finest, norm=norm)
+    check_all_trained(make_model(topology, depth=depth, fuse_finest=fuse_finest, norm=norm), batch)
+
+
+@pytest.mark.parametrize(
+    "options", [{"skips": "add"}, {"skips": "none"}, {"bottom_up": False}, {"hidden": "nearest"}], ids=str
+)
+def test_every_parameter_of_a_variant_is_trained(make_model, batch, options):
+    check_all_trained(make_model(**options), batch)
+
+
+def check_all_trained(model, batch):
     image, visible = batch(model)
     gradients = gradients_of(model, reconstruction_loss(image, model(image, visible), visible))
     removed = {name for name in gradients if before_norm(name, model)}
-    idle = 2 * (len(model.reconstruction.up) + len(model.reconstruction.fuse)) if norm == "batch" else 0
+    decoder = model.reconstruction
+    idle = 2 * (len(decoder.up) + len(decoder.fuse)) if list(model.buffers()) else 0
     assert len(removed) == idle
     for name, gradient in gradients.items():
         assert gradient.isfinite().all(), name

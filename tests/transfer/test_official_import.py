@@ -165,10 +165,12 @@ def test_own_model_to_official(golden, architecture, tmp_path):
     assert_equal(export_official(tmp_path / "own.pth", encoder_only=True), encoder_part(exported))
 
 
-def test_decoder_that_official_cannot_express(tmp_path, architecture):
-    model = build_hyspark(1, architecture(), HySparKConfig())
+@pytest.mark.parametrize("changes", [{"fuse_finest": True}, {"decoder_norm": "instance"}, {"skips": "add"}], ids=str)
+def test_decoder_that_official_cannot_express(tmp_path, architecture, changes):
+    options = {"fuse_finest": False, "decoder_norm": "batch", **changes}
+    model = build_hyspark(1, architecture(), HySparKConfig(**options))
     torch.save({"network_weights": model.state_dict()}, tmp_path / "own.pth")
-    with pytest.raises(ValueError, match="fuse_finest=false,decoder_norm=batch, or export the encoder alone"):
+    with pytest.raises(ValueError, match="fuse_finest=false,decoder_norm=batch,skips=concatenate, or export the enc"):
         export_official(tmp_path / "own.pth")
     with pytest.raises(ValueError, match="does not say for which patch"):
         export_official(tmp_path / "own.pth", encoder_only=True)

@@ -27,6 +27,7 @@ that `experiments/study.py` stored; [experiments/README.md](../experiments/READM
 Dice in percent, mean over the validation cases and structures, then over seeds (in brackets the standard deviation
 over seeds). HD95: 95th percentile of the surface distance, mm, over cases where both masks have voxels. p: two-sided
 Wilcoxon signed-rank test over validation cases, each case's Dice averaged over seeds, against the arm `{baseline}`.
+The difference and p are over the seeds that both arms have; Dice is over all that an arm has.
 Steps to reach the baseline: the first epoch whose pseudo-Dice on validation patches, averaged over seeds, is at least
 the baseline's at its end. Linear probe: Dice of a linear classifier on the frozen encoder's features, all scales
 together, fitted on half of `2 * probe_cases` labelled crops of `probe_dataset` and tested on the other half, while
@@ -129,7 +130,8 @@ def section(results: dict[str, Any]) -> list[str]:
         f"{machine['nnunetv2']}, nnunetv2-hyspark {machine['nnunetv2-hyspark']}, Python {machine['python']}; "
         f"{seconds / 3600:.1f} hours in all.", "",
     ]
-    lines += pretraining_table(results["pretraining"])
+    finished = results["pretraining"]
+    lines += pretraining_table({name: finished[name] for name in study["pretraining"] if name in finished})
     if not study["arms"]:
         return lines
     lines += [
@@ -167,13 +169,32 @@ def section(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def shift_section(results: dict[str, Any]) -> list[str]:
+    """What `feature_shift.py` measured."""
+    scales = len(results["rows"][0]["shares"])
+    lines = [
+        "## How far features move when the rest of the image is hidden", "",
+        "    python experiments/feature_shift.py --images IMAGES --checkpoints NAME=FILE ...", "",
+        f"Squared change of the features of visible voxels between a whole and a masked image, over their variance, by "
+        f"scale, finest first; {results['images']} images, checkpoints of `hippocampus_cpu_masking`. A share of 1 says "
+        f"that hiding changes a feature as much as another place in another image does.", "",
+        "| network | hidden | in place of hidden neighbours | " + " | ".join(f"scale {n}" for n in range(scales)) + " |",
+        "|---" * (3 + scales) + "|",
+    ]
+    for row in results["rows"]:
+        shares = " | ".join(f"{share:.2f}" for share in row["shares"])
+        lines.append(f"| {row['network']} | {row['ratio']:.0%} | {row['filling']} | {shares} |")
+    return [*lines, ""]
+
+
 def main() -> None:
     """Reads the files named on the command line."""
     if len(sys.argv) < 2:
         raise SystemExit("give the JSON files of experiments/results")
     lines = [HEADER.format(baseline=BASELINE)]
     for name in sys.argv[1:]:
-        lines += section(json.loads(Path(name).read_text(encoding="utf-8")))
+        results = json.loads(Path(name).read_text(encoding="utf-8"))
+        lines += section(results) if "study" in results else shift_section(results)
     notes = DOCS / "evidence_notes.md"
     if notes.exists():
         lines += ["", notes.read_text(encoding="utf-8")]

@@ -178,7 +178,7 @@ def shift_section(results: dict[str, Any]) -> list[str]:
         f"Squared change of the features of visible voxels between a whole and a masked image, over their variance, by "
         f"scale, finest first; {results['images']} images, checkpoints of `hippocampus_cpu_masking`. A share of 1 says "
         f"that hiding changes a feature as much as another place in another image does.", "",
-        "| network | hidden | in place of hidden neighbours | " + " | ".join(f"scale {n}" for n in range(scales)) + " |",
+        "| " + " | ".join(["network", "hidden", "hidden neighbours", *(f"scale {n}" for n in range(scales))]) + " |",
         "|---" * (3 + scales) + "|",
     ]
     for row in results["rows"]:

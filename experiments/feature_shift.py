@@ -4,8 +4,8 @@
 
 For every pre-training checkpoint, and for the first one's network with fresh weights: the mean squared difference
 between the features of a masked image and of the whole one, at visible voxels, as a share of the variance of the whole
-image's features there (mean over channels and images), for every scale. Both fillings of hidden neighbours are tried with
-every checkpoint, whichever it was trained with. Results go to experiments/results/feature_shift.json.
+image's features there (mean over channels and images), for every scale. Both fillings of hidden neighbours are tried
+with every checkpoint, whichever it was trained with. Results go to experiments/results/feature_shift.json.
 """
 
 from __future__ import annotations

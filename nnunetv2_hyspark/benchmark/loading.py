@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +52,51 @@ def write_cases(folder: Path, count: int, shape: Size3, patch_size: Size3, chann
     return files
 
 
+@contextmanager
+def handed_over(batches: Batches, ahead: int) -> Iterator[Iterator[dict[str, Any]]]:
+    """Batches as a thread takes them from the workers, at most ``ahead`` in advance; with 0 there is no thread.
+
+    The loader is closed at the end.
+    """
+    ready: queue.Queue[dict[str, Any] | Exception] = queue.Queue(ahead)
+    over = threading.Event()
+
+    def take() -> None:
+        try:
+            while not over.is_set():
+                ready.put(next(batches))
+        except Exception as error:  # whatever it is, it belongs to who waits for the batch
+            ready.put(error)
+
+    def delivered() -> dict[str, Any]:
+        batch = ready.get()
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+    thread = threading.Thread(target=take, daemon=True)
+    try:
+        if not ahead:
+            yield batches
+            return
+        thread.start()
+        yield iter(delivered, None)
+    finally:
+        over.set()
+        while thread.is_alive():  # it may wait for room
+            with suppress(queue.Empty):
+                ready.get(timeout=0.1)
+        batches.close()
+
+
 def measure_loading(
     files: Sequence[Path], size: Size3, grid: Size3, batch: int, workers: Sequence[int], step_seconds: float,
     steps: int = 60,
 ) -> dict[str, dict[str, float]]:
     """Loads batches as pre-training with default settings does on a data set that ``hyspark prepare`` made.
+
+    Pre-training on a GPU has torch take over what workers deliver, and copy it to page-locked memory, in a thread. A
+    thread stands for that one here, so that the figures hold without a GPU too.
 
     Args:
         files: preprocessed images.
@@ -76,21 +119,22 @@ def measure_loading(
     results = {}
     for count in workers:
         batches = Batches(data, range(10**6), count, pin_memory=False)
-        for _ in range(4 + 3 * count):  # started and filled
-            next(batches)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            next(batches)
-        rate = steps * batch / (time.perf_counter() - begin)
-        time.sleep(3 * count * batch / rate if count else 0)
-        waiting, begin = 0.0, time.perf_counter()
-        for _ in range(steps):
-            asked = time.perf_counter()
-            next(batches)
-            waiting += time.perf_counter() - asked
-            time.sleep(step_seconds)
+        with handed_over(batches, 3 * count) as delivered:
+            for _ in range(4 + 3 * count):  # started and filled
+                next(delivered)
+            begin = time.perf_counter()
+            for _ in range(steps):
+                next(delivered)
+            rate = steps * batch / (time.perf_counter() - begin)
+            time.sleep(3 * count * batch / rate if count else 0)
+            waiting, begin = 0.0, time.perf_counter()
+            for _ in range(steps):
+                asked = time.perf_counter()
+                taken = next(delivered)
+                waiting += time.perf_counter() - asked
+                time.sleep(step_seconds)
+                del taken
         results[str(count)] = {
             "crops_per_second": rate, "waiting_share": waiting / (time.perf_counter() - begin),
         }
-        batches.close()
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -98,6 +99,34 @@ def test_loading_reads_what_nnunet_writes_and_sees_who_waits(tmp_path):
     assert all(row["crops_per_second"] > 0 and 0 <= row["waiting_share"] < 1 for row in figures.values())
     slow = measure_loading([file], (16, 16, 16), (2, 2, 2), 2, (0,), 0.0, steps=10)
     assert slow["0"]["waiting_share"] > figures["0"]["waiting_share"]
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_batches_are_handed_over_in_order_and_errors_with_them(ahead):
+    class Numbers:
+        closed, count = False, 0
+
+        def __next__(self):
+            self.count += 1
+            if self.count > 5:
+                raise ValueError("case 6 is broken")
+            return {"step": self.count}
+
+        def close(self):
+            self.closed = True
+
+    numbers = Numbers()
+    with loading.handed_over(numbers, ahead) as delivered:
+        assert [next(delivered)["step"] for _ in range(5)] == [1, 2, 3, 4, 5]
+        with pytest.raises(ValueError, match="case 6 is broken"):
+            next(delivered)
+    assert numbers.closed
+    before = threading.active_count()
+    endless = Numbers()
+    endless.count = -100
+    with loading.handed_over(endless, ahead) as delivered:
+        next(delivered)
+    assert endless.closed and threading.active_count() == before
 
 
 def test_loading_draws_crops_as_pretraining_of_a_prepared_data_set(tmp_path, monkeypatch):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,27 @@ if os.environ.get("DOUBLE"):
 train.main(sys.argv[1:])
 """
 
+# nnU-Net's own -num_gpus, with what names a GPU in it replaced: its processes are on the CPU.
+NUM_GPUS = """
+import torch
+from torch import distributed as dist
+from nnunetv2.run import run_training as nnunet
+from nnunetv2_hyspark import _startup
+
+_startup.install()
+make_trainer, run_process = nnunet.get_trainer_from_args, nnunet.run_ddp
+
+def on_cpu(rank, *arguments):
+    nnunet.setup_ddp = lambda rank, size: dist.init_process_group("gloo", rank=rank, world_size=size)
+    torch.cuda.set_device = lambda device: None
+    nnunet.get_trainer_from_args = lambda *settings: make_trainer(*settings, device=torch.device("cpu"))
+    run_process(rank, *arguments)
+
+if __name__ == "__main__":
+    nnunet.run_ddp = on_cpu
+    nnunet.run_training_entry()
+"""
+
 
 class Runs:
     """Trainings of a small data set below one folder."""
@@ -73,6 +96,7 @@ class Runs:
             (folder / name).mkdir()
         write_small_dataset(folder / "preprocessed", batch_size=4)
         (folder / "faulty.py").write_text(FAULTY)
+        (folder / "num_gpus.py").write_text(NUM_GPUS)
 
     def environment(self, results: str, settings: str, **variables: str) -> dict[str, str]:
         return {
@@ -88,17 +112,22 @@ class Runs:
         }
 
     def start(
-        self, results: str, *more: str, processes: int = 0, restarts: int = 0, settings: str = "", **variables: str
+        self, results: str, *more: str, processes: int = 0, restarts: int = 0, settings: str = "",
+        launch: Sequence[str] = (), **variables: str,
     ) -> subprocess.Popen:
-        """Starts a training, by torchrun if ``processes`` is given."""
-        launch = [sys.executable]
+        """Starts a training, by torchrun if ``processes`` is given; ``launch`` are other arguments of torchrun."""
         if processes:
-            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                       "--max-restarts", str(restarts)]
+            launch = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+        torchrun = ["-m", "torch.distributed.run", *launch] if launch else []
+        script = [str(self.folder / "faulty.py"), NAME, "3d_fullres", "0", "-device", "cpu", *more]
+        return self.execute(results, [*torchrun, *script], settings, **variables)
+
+    def execute(self, results: str, arguments: Sequence[str], settings: str, **variables: str) -> subprocess.Popen:
+        """Starts Python with these arguments."""
         return subprocess.Popen(
-            [*launch, str(self.folder / "faulty.py"), NAME, "3d_fullres", "0", "-device", "cpu", *more],
-            env=self.environment(results, settings, **variables), cwd=self.folder, text=True,
-            stdout=open(self.folder / f"{results}.txt", "a"), stderr=subprocess.STDOUT, start_new_session=True,
+            [sys.executable, *arguments], env=self.environment(results, settings, **variables), cwd=self.folder,
+            text=True, stdout=open(self.folder / f"{results}.txt", "a"), stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def output(self, results: str) -> str:
@@ -162,6 +191,69 @@ def test_two_processes_equal_one(runs: Runs) -> None:
         for name in ("one", "two")
     )
     assert first == second and sum("epoch_" in name for name in first) >= 6
+
+
+def test_in_single_precision_losses_and_gradients_are_equal_too(runs: Runs) -> None:
+    """As long as no step of Adam enlarges their rounding: the rate is so small that weights stay as they are."""
+    settings = "pretraining.learning_rate=1e-12"
+    runs.finish(runs.start("one", settings=settings), "one")
+    runs.finish(runs.start("two", processes=2, settings=settings), "two")
+    assert difference(runs.fold("one"), runs.fold("two")) < 1e-5
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def two_machines() -> list[str]:
+    """Arguments of torchrun on each of two machines with one process; both are this one."""
+    return ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+            f"localhost:{free_port()}", "--local-addr", "localhost"]
+
+
+def test_two_machines_equal_one_with_two_processes(runs: Runs) -> None:
+    """And each writes what belongs to it into the same results folder."""
+    runs.finish(runs.start("one", processes=2), "one")
+    launch = two_machines()
+    machines = [runs.start("two", launch=launch) for _ in range(2)]
+    for process in machines:
+        runs.finish(process, "two")
+    assert difference(runs.fold("one"), runs.fold("two")) == 0
+    names = [{str(path.relative_to(runs.fold(r))) for path in runs.fold(r).rglob("*")} for r in ("one", "two")]
+    kept = [{name for name in some if not name.startswith("training_log_")} for some in names]
+    assert kept[0] == kept[1]
+
+
+def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(runs: Runs) -> None:
+    launch, settings = two_machines(), "pretraining.epochs=1000,save_minutes=0.000001"
+    machines = [runs.start("dead", launch=launch, settings=settings) for _ in range(2)]
+    runs.wait_for("dead", "Epoch 1")
+    os.killpg(machines[1].pid, signal.SIGKILL)
+    started = time.monotonic()
+    machines[1].wait()
+    assert machines[0].wait(TIMEOUT) != 0
+    assert time.monotonic() - started < 120
+    assert "onnection" in runs.output("dead") and "closed" in runs.output("dead")
+    epoch, _ = progress_of(runs.fold("dead") / LATEST) or (0, 0)
+    assert epoch >= 1
+    runs.finish(runs.start("dead", "--c", settings=f"pretraining.epochs={epoch + 1}"), "dead")
+    assert progress_of(runs.fold("dead") / FINAL) == (epoch + 1, 0)
+
+
+def test_num_gpus_is_the_same_as_torchrun(runs: Runs) -> None:
+    """nnU-Net's own way to several GPUs, up to the GPUs themselves."""
+    runs.finish(runs.start("torchrun", processes=2), "torchrun")
+    command = ["num_gpus.py", NAME, "3d_fullres", "0", "-tr", "HySparKPretrainTrainer", "-num_gpus", "2"]
+    runs.finish(runs.execute("num_gpus", command, ""), "num_gpus")
+    assert difference(runs.fold("torchrun"), runs.fold("num_gpus")) == 0
+    tuned = [*command[:4], "-tr", "HySparKScratchTrainer", *command[6:]]
+    process = runs.execute("tuned", tuned, "finetuning.epochs=2", nnUNet_n_proc_DA="1")
+    runs.wait_for("tuned", "Training done")
+    os.killpg(process.pid, signal.SIGKILL)  # this data set has no files to validate segmentations with
+    process.wait()
+    assert progress_of(runs.fold("tuned") / FINAL) == (2, 0)
 
 
 def test_a_rank_that_dies_ends_all_with_a_message(runs: Runs) -> None:

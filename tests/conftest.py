@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,25 @@ settings.register_profile("hyspark", deadline=None)
 settings.load_profile("hyspark")
 
 _startup.install()  # so that tests also run from a checkout that is not installed
+
+
+@pytest.fixture
+def point_nnunet_to(monkeypatch):
+    """Tells nnU-Net in this process where a folder is: ``point_nnunet_to("nnUNet_raw", folder)``."""
+    import nnunetv2.paths
+
+    looks_when_asked = not isinstance(nnunetv2.paths.nnUNet_raw, str | None)
+
+    def point(name: str, folder: Path) -> None:
+        monkeypatch.setenv(name, str(folder))
+        if looks_when_asked:
+            return
+        # nnU-Net 2.7 reads its variables once, and its modules keep what was read
+        for module in [m for n, m in sys.modules.items() if n.split(".")[0].startswith(("nnunetv2", "hyspark"))]:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, str(folder))
+
+    return point
 
 
 @pytest.fixture(scope="session")

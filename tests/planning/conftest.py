@@ -28,14 +28,14 @@ class Folders:
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
+def folders(tmp_path, monkeypatch, point_nnunet_to):
     """Empty folders, and the variables that name them."""
     monkeypatch.delenv("nnUNet_hyspark", raising=False)
     made = []
     for name in ("raw", "preprocessed", "results"):
         folder = tmp_path / f"nnUNet_{name}"
         folder.mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(folder))
+        point_nnunet_to(f"nnUNet_{name}", folder)
         made.append(folder)
     return Folders(*made)
 

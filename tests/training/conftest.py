@@ -13,11 +13,11 @@ from tests.training.small_dataset import NAME, SETTINGS, write_small_dataset
 
 
 @pytest.fixture
-def small_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def small_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point_nnunet_to: Callable) -> Path:
     """Folders of nnU-Net in a temporary place, with a preprocessed data set; returns the data set's folder."""
     for name in ("raw", "preprocessed", "results"):
         (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+        point_nnunet_to(f"nnUNet_{name}", tmp_path / name)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     return write_small_dataset(tmp_path / "preprocessed")
 

@@ -36,7 +36,7 @@ from nnunetv2_hyspark.training.resumable import ResumableTrainer
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
 from nnunetv2_hyspark.training.tensorboard import TensorBoardLogger
 from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
-from nnunetv2_hyspark.training.validation import validate_cases, write_summary
+from nnunetv2_hyspark.training.validation import evenly_spread, validate_cases, write_summary
 from nnunetv2_hyspark.transfer.loading import load_pretraining
 
 
@@ -342,9 +342,14 @@ class HySparKPretrainTrainer(ResumableTrainer):
         return weights
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Reconstructs the held-out cases: ``validation/summary.json`` and a picture per case."""
+        """Reconstructs held-out cases: ``validation/summary.json`` and a picture per case."""
         self.network.eval()
-        _, held_out = self.do_split()
+        _, all_held_out = self.do_split()
+        held_out = evenly_spread(all_held_out, self.options.validation_cases)
+        if len(held_out) < len(all_held_out):
+            self.print_to_log_file(
+                f"Reconstructing {len(held_out)} of {len(all_held_out)} cases; validation_cases=0 is for all"
+            )
         folder = self.folder / "validation"
         folder.mkdir(parents=True, exist_ok=True)
         results = validate_cases(

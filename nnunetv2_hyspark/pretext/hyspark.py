@@ -102,6 +102,11 @@ class HySparKConfig:
         default=25, metadata={"range": (0, 10**7), "help": "epochs between pictures of reconstructions; 0: none"}
     )
     preview_cases: int = field(default=3, metadata={"range": (1, 100), "help": "cases in the pictures"})
+    validation_cases: int = field(
+        default=100,
+        metadata={"range": (0, 10**7), "help": "at most so many held-out cases, evenly spread, are reconstructed at "
+                  "the end of training; 0: all"},
+    )
     probe_dataset: int = field(
         default=0,
         metadata={"range": (0, 10**6), "help": "number of a labelled data set, preprocessed with the same plans name, "

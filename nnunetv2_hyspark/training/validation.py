@@ -78,6 +78,13 @@ def validate_cases(
     return results
 
 
+def evenly_spread(names: Sequence[str], limit: int) -> list[str]:
+    """At most ``limit`` of the names, at equal distances, the first and the last among them; 0: all of them."""
+    if not limit or len(names) <= limit:
+        return list(names)
+    return [names[int(index)] for index in np.linspace(0, len(names) - 1, limit).round()]
+
+
 def middle_corner(shape: Size3, patch_size: Size3) -> list[int]:
     """First voxel of a box in the middle of an image."""
     return [(extent - edge) // 2 for extent, edge in zip(shape, patch_size)]

@@ -1,0 +1,39 @@
+"""Which cases are reconstructed at the end of pre-training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunetv2_hyspark.training.validation import evenly_spread
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_cases_are_spread_evenly(count: int, limit: int) -> None:
+    names = [f"case_{number}" for number in range(count)]
+    chosen = evenly_spread(names, limit)
+    assert len(chosen) == len(set(chosen)) == (min(count, limit) if limit else count)
+    numbers = [names.index(name) for name in chosen]
+    assert numbers == sorted(numbers)
+    if count > 1 < len(chosen):
+        assert numbers[0] == 0 and numbers[-1] == count - 1
+        distances = {b - a for a, b in zip(numbers, numbers[1:])}
+        assert max(distances) - min(distances) <= 1
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_at_most_so_many_cases_are_reconstructed(make_trainer, limit: int) -> None:
+    trainer = make_trainer(f"validation_cases={limit}")
+    trainer.initialize()
+    trainer.perform_actual_validation()
+    _, held_out = trainer.do_split()
+    assert len(held_out) == 2
+    summary = json.loads((trainer.folder / "validation" / "summary.json").read_text())
+    cases = [entry["case"] for entry in summary["metric_per_case"]]
+    assert cases == sorted(held_out[:limit] or held_out)
+    assert all((trainer.folder / "validation" / f"{case}.png").is_file() for case in cases)
+    assert ("Reconstructing 1 of 2 cases" in Path(trainer.log_file).read_text()) == bool(limit)

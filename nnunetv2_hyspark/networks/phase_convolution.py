@@ -9,6 +9,7 @@ in place of 27, and the up-sampled map in between is never made.
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -24,6 +25,11 @@ _AXIS: dict[tuple[int, int], tuple[tuple[int, tuple[tuple[tuple[int, int], ...],
     (2, 1): ((0, (((0, 0),),)), (0, (((0, 1),),))),
     (2, 3): ((-1, (((0, 1),), ((1, 0), (2, 1)))), (0, (((0, 0), (1, 1)), ((2, 0),)))),
 }
+
+
+def _phases(stride: Size3) -> list[Size3]:
+    """Positions inside a coarse voxel."""
+    return [(i, j, k) for i in range(stride[0]) for j in range(stride[1]) for k in range(stride[2])]
 
 
 def has_phases(stride: Size3, kernel_size: Size3) -> bool:
@@ -68,20 +74,119 @@ def merge_kernels(up_weight: torch.Tensor, weight: torch.Tensor, stride: Size3) 
     """
     kernel_size = as_size3(weight.shape[2:])
     pairs = torch.einsum("omxyz,imuvw->xuyvzwoi", weight, up_weight)
+    # all taken apart at once: the gradient of one after the other is a whole map of zeros each
+    shape = pairs.shape[:6]
+    taken = dict(zip(product(*map(range, shape)), pairs.flatten(0, 5).unbind()))
     kernels = {}
     axes = [_AXIS[pair] for pair in zip(stride, kernel_size)]
-    for phase in product(*(range(s) for s in stride)):
+    for phase in _phases(stride):
         parts = [axes[axis][phase[axis]][1] for axis in range(3)]
         rows = []
         for meets in product(*parts):
-            terms = [
-                pairs[t0, u0, t1, u1, t2, u2] for (t0, u0), (t1, u1), (t2, u2) in product(*meets)
-            ]
+            terms = [taken[t0, u0, t1, u1, t2, u2] for (t0, u0), (t1, u1), (t2, u2) in product(*meets)]
             rows.append(torch.stack(terms).sum(0) if len(terms) > 1 else terms[0])
         size = [len(part) for part in parts]
         kernel = torch.stack(rows, dim=-1)
-        kernels[(phase[0], phase[1], phase[2])] = kernel.view(*kernel.shape[:2], *size)
+        kernels[phase] = kernel.view(*kernel.shape[:2], *size)
     return kernels
+
+
+def _at_border(fine: Size3, kernel_size: Size3) -> list[tuple[tuple[Any, ...], tuple[slice, ...]]]:
+    """Where on the fine grid every entry of a response on ``min(fine, kernel_size)`` voxels holds, but for its middle.
+
+    Returns:
+        Pairs of indices: of the response ``(O, n0, n1, n2)``, and of a map ``(B, O, D, H, W)``.
+    """
+    per_axis = []
+    for edge, k in zip(fine, kernel_size):
+        if edge <= k:
+            per_axis.append([slice(i, i + 1) for i in range(edge)])
+        else:
+            inside = slice(k // 2, edge - k // 2)
+            first = [slice(i, i + 1) for i in range(k // 2)]
+            per_axis.append([*first, inside, *(slice(i, i + 1) for i in range(inside.stop, edge))])
+    entries = product(*(range(len(parts)) for parts in per_axis))
+    whole = slice(None)
+    middle = tuple(len(parts) // 2 for parts in per_axis)
+    return [
+        ((whole, *entry), (whole, whole, *(parts[i] for parts, i in zip(per_axis, entry))))
+        for entry in entries if entry != middle
+    ]
+
+
+def _middle(response: torch.Tensor) -> tuple[Any, ...]:
+    """Index of the entry that holds inside the map."""
+    return (slice(None), *(n // 2 for n in response.shape[1:]))
+
+
+def _same_padding(kernel: torch.Tensor) -> list[int]:
+    return [k // 2 for k in kernel.shape[2:]]
+
+
+def _cropped(phase: Size3, stride: Size3, kernel_size: Size3, coarse: Size3) -> tuple[slice, ...]:
+    """What a phase needs of its convolution with padding, which has a voxel too many where the kernel is even."""
+    slices = []
+    for p, s, k, c in zip(phase, stride, kernel_size, coarse):
+        first, taps = _AXIS[s, k][p][0], len(_AXIS[s, k][p][1])
+        slices.append(slice(first + taps // 2, first + taps // 2 + c))
+    return (slice(None), slice(None), *slices)
+
+
+def _phase_of(fine: torch.Tensor, phase: Size3, stride: Size3) -> torch.Tensor:
+    """A view of every ``stride``-th voxel of a map ``(B, C, D, H, W)``, from ``phase`` on."""
+    (p0, p1, p2), (s0, s1, s2) = phase, stride
+    return fine[:, :, p0::s0, p1::s1, p2::s2]
+
+
+class _PhaseConv3d(torch.autograd.Function):
+    """The convolutions of all phases, interleaved, plus a response that is constant but at the border.
+
+    Each convolution reads the map itself, with padding, and its result is copied to its place once; in the backward
+    pass gradients are added up in place. Slicing and stacking would copy every map several times.
+    """
+
+    @staticmethod
+    def forward(ctx, x, response, stride, kernel_size, *kernels):
+        coarse = as_size3(x.shape[2:])
+        fine = multiply(coarse, stride)
+        ctx.save_for_backward(x, *kernels)
+        ctx.stride, ctx.kernel_size = stride, kernel_size
+        ctx.entries = as_size3(response.shape[1:])
+        inside = response[_middle(response)].contiguous()
+        out = x.new_empty(x.shape[0], *fine, len(response)).permute(0, 4, 1, 2, 3)
+        for phase, kernel in zip(_phases(stride), kernels):
+            result = F.conv3d(x, kernel, inside, padding=_same_padding(kernel))
+            _phase_of(out, phase, stride).copy_(result[_cropped(phase, stride, kernel_size, coarse)])
+        for entry, region in _at_border(fine, kernel_size):
+            out[region] += (response[entry] - inside).view(1, -1, 1, 1, 1)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, *kernels = ctx.saved_tensors
+        stride, kernel_size = ctx.stride, ctx.kernel_size
+        coarse = as_size3(x.shape[2:])
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        grad_kernels = []
+        total = x.new_zeros(len(kernels[0]), dtype=torch.promote_types(x.dtype, torch.float32))
+        for phase, kernel in zip(_phases(stride), kernels):
+            padding = _same_padding(kernel)
+            size = [c + 2 * p - k + 1 for c, p, k in zip(coarse, padding, kernel.shape[2:])]
+            grad = x.new_zeros(x.shape[0], *size, len(kernel)).permute(0, 4, 1, 2, 3)
+            grad[_cropped(phase, stride, kernel_size, coarse)] = _phase_of(grad_output, phase, stride)
+            of_x, of_kernel, of_bias = torch.ops.aten.convolution_backward(
+                grad, x, kernel, [len(kernel)], [1, 1, 1], padding, [1, 1, 1], False, [0, 0, 0], 1,
+                [ctx.needs_input_grad[0], True, True],
+            )
+            if grad_x is not None:
+                grad_x += of_x
+            grad_kernels.append(of_kernel)
+            total += of_bias
+        grad_response = total.new_zeros(len(total), *ctx.entries)
+        for entry, region in _at_border(as_size3(grad_output.shape[2:]), kernel_size):
+            grad_response[entry] = grad_output[region].sum((0, 2, 3, 4), dtype=total.dtype)
+        grad_response[_middle(grad_response)] = total - grad_response.sum((1, 2, 3))
+        return grad_x, grad_response.to(x.dtype), None, None, *grad_kernels
 
 
 def upsample_conv3d(
@@ -104,21 +209,14 @@ def upsample_conv3d(
         ``(B, O, D * stride0, H * stride1, W * stride2)``, in channels-last memory.
     """
     kernel_size = as_size3(weight.shape[2:])
-    batch_size, out_channels = x.shape[0], weight.shape[0]
-    coarse = as_size3(x.shape[2:])
-    fine = multiply(coarse, stride)
-    kernels = merge_kernels(up_weight, weight, stride)
-    axes = [_AXIS[pair] for pair in zip(stride, kernel_size)]
-    reach = [1 if k == 3 else 0 for k in kernel_size]
-    padded = F.pad(x, [reach[2], reach[2], reach[1], reach[1], reach[0], reach[0]])
-    outputs = []
-    for phase, kernel in kernels.items():
-        first = [axes[axis][phase[axis]][0] + reach[axis] for axis in range(3)]
-        window = [slice(f, f + c + k - 1) for f, c, k in zip(first, coarse, kernel.shape[2:])]
-        outputs.append(F.conv3d(padded[:, :, window[0], window[1], window[2]], kernel))
-    stacked = torch.stack(outputs, dim=1).view(batch_size, *stride, out_channels, *coarse)
-    interleaved = stacked.permute(0, 5, 1, 6, 2, 7, 3, 4).reshape(batch_size, *fine, out_channels)
-    constant = border_response(up_bias, weight, fine)
+    fine = multiply(as_size3(x.shape[2:]), stride)
+    response = border_response(up_bias, weight, as_size3(min(e, k) for e, k in zip(fine, kernel_size)))[0]
     if bias is not None:
-        constant = constant + bias.view(1, -1, 1, 1, 1)
-    return interleaved.permute(0, 4, 1, 2, 3) + constant.to(interleaved.dtype)
+        response = response + bias.view(-1, 1, 1, 1)
+    kernels = merge_kernels(up_weight, weight, stride)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, kernels = x.to(dtype), {phase: kernel.to(dtype) for phase, kernel in kernels.items()}
+    with torch.autocast(device_type, enabled=False):
+        return _PhaseConv3d.apply(x, response.to(x.dtype), stride, kernel_size, *kernels.values())

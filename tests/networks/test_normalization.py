@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnunetv2_hyspark.networks import normalization
 from nnunetv2_hyspark.networks.normalization import BatchNorm3d, InstanceNorm3d
 
 
@@ -20,10 +21,13 @@ def pair(kind: str, channels: int):
     return ours, theirs
 
 
+@pytest.mark.parametrize("cached", [2**18, 9, 1])
 @pytest.mark.parametrize("kind", ["instance", "batch"])
 @pytest.mark.parametrize("memory_format", [torch.channels_last_3d, torch.contiguous_format])
 @pytest.mark.parametrize("shape", [(1, 4, 3, 5, 2), (3, 2, 4, 4, 4), (2, 1, 1, 2, 3)])
-def test_equals_pytorch(kind, memory_format, shape):
+def test_equals_pytorch(kind, memory_format, shape, cached, monkeypatch):
+    """In one part or in many, of equal size or not."""
+    monkeypatch.setattr(normalization, "CACHED_VALUES", cached)
     torch.manual_seed(0)
     ours, theirs = pair(kind, shape[1])
     ours, theirs = ours.double(), theirs.double()

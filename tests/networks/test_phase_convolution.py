@@ -37,6 +37,36 @@ def test_equals_transposed_then_plain_convolution(stride, kernel, size, batch, h
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
+def test_a_map_without_gradient():
+    """The rest gets its gradients all the same."""
+    x, *parameters = random_tensors((2, 2, 2), (3, 3, 3), (3, 4, 2), 2, 3)
+    results = []
+    for image in (x, x.detach()):
+        up_weight, up_bias, weight, bias = parameters
+        result = upsample_conv3d(image, up_weight, up_bias, weight, bias, (2, 2, 2))
+        results.append(torch.autograd.grad(result.square().sum(), parameters))
+    for got, want in zip(*results):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16], ids=["float64", "autocast"])
+def test_compiled_without_graph_breaks(precision):
+    mixed = precision == torch.bfloat16
+    tensors = random_tensors((2, 2, 2), (3, 3, 3), (3, 4, 2), 2, 3)
+    if mixed:
+        tensors = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    torch._dynamo.reset()
+    compiled = torch.compile(upsample_conv3d, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        results = [run(*tensors, (2, 2, 2)) for run in (upsample_conv3d, compiled)]
+    assert results[1].dtype == precision
+    torch.testing.assert_close(results[1], results[0])
+    gradients = [torch.autograd.grad(result.float().square().sum(), tensors) for result in results]
+    for got, want in zip(*gradients):
+        torch.testing.assert_close(got, want)
+
+
 def test_large_maps_gain_and_small_wide_ones_do_not():
     assert phases_pay(48**3, (2, 2, 2), (3, 3, 3), 96)
     assert not phases_pay(6**3, (2, 2, 2), (3, 3, 3), 768)

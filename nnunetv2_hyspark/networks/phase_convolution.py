@@ -9,13 +9,12 @@ in place of 27, and the up-sampled map in between is never made.
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ..geometry import Size3, as_size3, multiply, volume
-from ..sparse.projection import border_response
+from ..sparse.border import border_response, correct_border, inside_of, response_gradient
 
 # Per (stride, kernel) and phase: the first coarse offset, and for every coarse offset from there the pairs
 # (tap of the convolution, position inside the transposed kernel) that meet in it.
@@ -91,34 +90,6 @@ def merge_kernels(up_weight: torch.Tensor, weight: torch.Tensor, stride: Size3) 
     return kernels
 
 
-def _at_border(fine: Size3, kernel_size: Size3) -> list[tuple[tuple[Any, ...], tuple[slice, ...]]]:
-    """Where on the fine grid every entry of a response on ``min(fine, kernel_size)`` voxels holds, but for its middle.
-
-    Returns:
-        Pairs of indices: of the response ``(O, n0, n1, n2)``, and of a map ``(B, O, D, H, W)``.
-    """
-    per_axis = []
-    for edge, k in zip(fine, kernel_size):
-        if edge <= k:
-            per_axis.append([slice(i, i + 1) for i in range(edge)])
-        else:
-            inside = slice(k // 2, edge - k // 2)
-            first = [slice(i, i + 1) for i in range(k // 2)]
-            per_axis.append([*first, inside, *(slice(i, i + 1) for i in range(inside.stop, edge))])
-    entries = product(*(range(len(parts)) for parts in per_axis))
-    whole = slice(None)
-    middle = tuple(len(parts) // 2 for parts in per_axis)
-    return [
-        ((whole, *entry), (whole, whole, *(parts[i] for parts, i in zip(per_axis, entry))))
-        for entry in entries if entry != middle
-    ]
-
-
-def _middle(response: torch.Tensor) -> tuple[Any, ...]:
-    """Index of the entry that holds inside the map."""
-    return (slice(None), *(n // 2 for n in response.shape[1:]))
-
-
 def _same_padding(kernel: torch.Tensor) -> list[int]:
     return [k // 2 for k in kernel.shape[2:]]
 
@@ -152,13 +123,12 @@ class _PhaseConv3d(torch.autograd.Function):
         ctx.save_for_backward(x, *kernels)
         ctx.stride, ctx.kernel_size = stride, kernel_size
         ctx.entries = as_size3(response.shape[1:])
-        inside = response[_middle(response)].contiguous()
+        inside = inside_of(response).contiguous()
         out = x.new_empty(x.shape[0], *fine, len(response)).permute(0, 4, 1, 2, 3)
         for phase, kernel in zip(_phases(stride), kernels):
             result = F.conv3d(x, kernel, inside, padding=_same_padding(kernel))
             _phase_of(out, phase, stride).copy_(result[_cropped(phase, stride, kernel_size, coarse)])
-        for entry, region in _at_border(fine, kernel_size):
-            out[region] += (response[entry] - inside).view(1, -1, 1, 1, 1)
+        correct_border(out, response)
         return out
 
     @staticmethod
@@ -182,11 +152,8 @@ class _PhaseConv3d(torch.autograd.Function):
                 grad_x += of_x
             grad_kernels.append(of_kernel)
             total += of_bias
-        grad_response = total.new_zeros(len(total), *ctx.entries)
-        for entry, region in _at_border(as_size3(grad_output.shape[2:]), kernel_size):
-            grad_response[entry] = grad_output[region].sum((0, 2, 3, 4), dtype=total.dtype)
-        grad_response[_middle(grad_response)] = total - grad_response.sum((1, 2, 3))
-        return grad_x, grad_response.to(x.dtype), None, None, *grad_kernels
+        grad_response = response_gradient(grad_output, total, ctx.entries).to(x.dtype)
+        return grad_x, grad_response, None, None, *grad_kernels
 
 
 def upsample_conv3d(
@@ -209,8 +176,7 @@ def upsample_conv3d(
         ``(B, O, D * stride0, H * stride1, W * stride2)``, in channels-last memory.
     """
     kernel_size = as_size3(weight.shape[2:])
-    fine = multiply(as_size3(x.shape[2:]), stride)
-    response = border_response(up_bias, weight, as_size3(min(e, k) for e, k in zip(fine, kernel_size)))[0]
+    response = border_response(up_bias, weight, multiply(as_size3(x.shape[2:]), stride))
     if bias is not None:
         response = response + bias.view(-1, 1, 1, 1)
     kernels = merge_kernels(up_weight, weight, stride)

@@ -14,31 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ..geometry import Size3, as_size3, multiply, volume
-
-
-def border_response(values: torch.Tensor, weight: torch.Tensor, size: Size3) -> torch.Tensor:
-    """Zero-padded convolution of a map that holds the same vector everywhere.
-
-    Only voxels at the border differ from the inside, so it is computed on a few voxels per axis and repeated.
-
-    Args:
-        values: ``(M,)``.
-        weight: ``(O, M, k0, k1, k2)``, every k odd.
-        size: voxels per axis.
-
-    Returns:
-        ``(1, O, *size)``.
-    """
-    kernel = as_size3(weight.shape[2:])
-    small = as_size3(min(s, k) for s, k in zip(size, kernel))
-    constant = values.view(1, -1, 1, 1, 1).expand(1, -1, *small)
-    response = F.conv3d(constant, weight, padding=[k // 2 for k in kernel])
-    for axis, (edge, k) in enumerate(zip(size, kernel)):
-        if edge > k:
-            head, inside, tail = response.split([k // 2, 1, k // 2], dim=axis + 2)
-            repeats = [edge - 2 * (k // 2) if dim == axis + 2 else -1 for dim in range(5)]
-            response = torch.cat([head, inside.expand(repeats), tail], dim=axis + 2)
-    return response
+from .border import border_response, correct_border, inside_of, response_gradient
 
 
 def sparse_projection_pays(block: Size3, kernel: Size3, visible_share: float) -> bool:
@@ -127,20 +103,22 @@ def take_grown_blocks(dense: torch.Tensor, cells: torch.Tensor, block: Size3, re
 
 
 class _AddProjectedBlocks(torch.autograd.Function):
-    """``constant + convolution of the blocks alone``; see :func:`project_densified`."""
+    """The constant's response plus the convolution of the blocks alone; see :func:`project_densified`."""
 
     @staticmethod
-    def forward(ctx, difference, weight, constant, cells, placement, batch_size, grid):
+    def forward(ctx, difference, weight, response, cells, placement, batch_size, grid):
         block = as_size3(difference.shape[2:])
         out_channels = weight.shape[0]
         padding = [k - 1 for k in weight.shape[2:]]
         grown = F.conv3d(difference, weight, padding=padding).permute(0, 2, 3, 4, 1)
         (g0, g1, g2), (s0, s1, s2) = grid, block
-        canvas = constant.expand(batch_size, -1, -1, -1, -1).clone(memory_format=torch.channels_last_3d)
+        canvas = difference.new_empty(batch_size, *multiply(grid, block), out_channels).permute(0, 4, 1, 2, 3)
+        canvas.copy_(inside_of(response).view(1, -1, 1, 1, 1))
+        correct_border(canvas, response)
         view = canvas.permute(0, 2, 3, 4, 1).view(batch_size, g0, s0, g1, s1, g2, s2, out_channels)
         add_grown_blocks(view.permute(0, 1, 3, 5, 2, 4, 6, 7), grown, placement)
         ctx.save_for_backward(difference, weight, cells)
-        ctx.padding = padding
+        ctx.padding, ctx.entries = padding, as_size3(response.shape[1:])
         return canvas
 
     @staticmethod
@@ -152,8 +130,12 @@ class _AddProjectedBlocks(torch.autograd.Function):
             grown, difference, weight, None, [1, 1, 1], ctx.padding, [1, 1, 1], False, [0, 0, 0], 1,
             [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
         )
-        grad_constant = grad_output.sum(0, keepdim=True) if ctx.needs_input_grad[2] else None
-        return grad_difference, grad_weight, grad_constant, None, None, None, None
+        grad_response = None
+        if ctx.needs_input_grad[2]:
+            rows = grad_output.permute(0, 2, 3, 4, 1).reshape(-1, grad_output.shape[1])
+            total = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+            grad_response = response_gradient(grad_output, total, ctx.entries).to(weight.dtype)
+        return grad_difference, grad_weight, grad_response, None, None, None, None
 
 
 def half_kernel(weight: torch.Tensor) -> Size3:
@@ -190,8 +172,8 @@ def project_densified(
         blocks, fill, weight = blocks.to(dtype), fill.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        constant = border_response(fill.to(blocks.dtype), weight, multiply(grid, as_size3(blocks.shape[2:])))
+        response = border_response(fill.to(blocks.dtype), weight, multiply(grid, as_size3(blocks.shape[2:])))
         if bias is not None:
-            constant = constant + bias.view(1, -1, 1, 1, 1)
+            response = response + bias.view(-1, 1, 1, 1)
         difference = blocks - fill.to(blocks.dtype).view(1, -1, 1, 1, 1)
-        return _AddProjectedBlocks.apply(difference, weight, constant, cells, placement, batch_size, grid)
+        return _AddProjectedBlocks.apply(difference, weight, response, cells, placement, batch_size, grid)

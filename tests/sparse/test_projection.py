@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
 from nnunetv2_hyspark.sparse.projection import (
-    border_response,
     half_kernel,
     project_densified,
     rims,
@@ -58,16 +56,6 @@ def test_masked_voxels_are_never_read():
     out = layout.densified_conv3d(layout.gather(image), torch.zeros(1), torch.ones(1, 1, 3, 3, 3), None)
     assert out.isfinite().all()
     assert (out > 0).sum() == 5 * 5 * 5
-
-
-@pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 4), (7, 5, 3), (6, 9, 8)])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_border_response(size, kernel):
-    values = torch.randn(3, dtype=torch.float64)
-    weight = torch.randn(2, 3, *kernel, dtype=torch.float64)
-    full = values.view(1, 3, 1, 1, 1).expand(1, 3, *size)
-    expected = F.conv3d(full, weight, padding=[k // 2 for k in kernel])
-    torch.testing.assert_close(border_response(values, weight, size), expected)
 
 
 def test_large_blocks_gain_and_small_ones_do_not():

@@ -15,12 +15,12 @@ from .hyspark import HySparK, HySparKConfig
 
 
 def default_decoder_width(encoder: HybridEncoder) -> int:
-    """Junction width of the reconstruction decoder that makes its finest scale three quarters of the first CNN stage.
+    """Junction width of the reconstruction decoder that makes its finest scale half of the first CNN stage.
 
-    That is 384 for the paper's encoder, its junction's width; it keeps the full-resolution convolutions, the most
+    That is 256 for the paper's encoder; it keeps the full-resolution convolutions, the most
     expensive part of a step, in proportion for encoders with fewer or narrower stages.
     """
-    finest = max(round(0.75 * encoder.cnn.finest_channels), 1)
+    finest = max(encoder.cnn.finest_channels // 2, 1)
     return finest * 2 ** (len(encoder.feature_channels) - 1)
 
 

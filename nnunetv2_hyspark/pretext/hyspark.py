@@ -41,7 +41,7 @@ class HySparKConfig:
     decoder_width: int = field(
         default=0,
         metadata={"range": (0, 4096), "help": "channels of the reconstruction decoder at the junction, halved per "
-                  "scale; 0: so that the finest scale has three quarters of the first CNN stage's channels"},
+                  "scale; 0: so that the finest scale has half of the first CNN stage's channels"},
     )
     fuse_finest: bool = field(
         default=True, metadata={"help": "fuse the finest scale too (equation 4); the official release does not"}

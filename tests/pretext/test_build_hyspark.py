@@ -38,10 +38,10 @@ def test_the_encoder_is_the_segmentation_network_s(strides):
 
 
 @pytest.mark.parametrize(
-    "features, expected", [([32, 64, 128, 256, 384], 384), ([4, 8, 16, 30], 24), ([8, 12], 12), ([1, 6], 2)]
+    "features, expected", [([32, 64, 128, 256, 384], 256), ([4, 8, 16, 30], 16), ([8, 12], 8), ([1, 6], 2)]
 )
 def test_default_decoder_width(features, expected):
-    """The finest scale gets three quarters of the first stage's width (384 at the junction of the paper's encoder)."""
+    """The finest scale gets half of the first stage's width (256 at the junction of the paper's encoder)."""
     n = len(features)
     strides = [[1, 1, 1], *[[2, 2, 2]] * (n - 1)]
     kwargs = {
@@ -51,7 +51,7 @@ def test_default_decoder_width(features, expected):
     with torch.device("meta"):
         model = build_hyspark(1, kwargs, HySparKConfig())
     assert model.reconstruction.projections[0].out_channels == expected
-    assert model.reconstruction.head.in_channels == expected // 2 ** (n - 1) == max(round(0.75 * features[0]), 1)
+    assert model.reconstruction.head.in_channels == expected // 2 ** (n - 1) == max(features[0] // 2, 1)
 
 
 def test_chosen_decoder_width():

@@ -201,6 +201,10 @@ def test_in_single_precision_losses_and_gradients_are_equal_too(runs: Runs) -> N
     assert difference(runs.fold("one"), runs.fold("two")) < 1e-5
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
@@ -230,16 +234,22 @@ def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(runs: Runs) -> N
     launch, settings = two_machines(), "pretraining.epochs=1000,save_minutes=0.000001"
     machines = [runs.start("dead", launch=launch, settings=settings) for _ in range(2)]
     runs.wait_for("dead", "Epoch 1")
-    os.killpg(machines[1].pid, signal.SIGKILL)
+    # torchrun gives its processes sessions of their own; a machine that dies takes them along
+    of_second = [machines[1].pid, *children_of(machines[1].pid)]
+    for pid in of_second:
+        os.kill(pid, signal.SIGKILL)
     started = time.monotonic()
     machines[1].wait()
     assert machines[0].wait(TIMEOUT) != 0
     assert time.monotonic() - started < 120
-    assert "onnection" in runs.output("dead") and "closed" in runs.output("dead")
-    epoch, _ = progress_of(runs.fold("dead") / LATEST) or (0, 0)
-    assert epoch >= 1
-    runs.finish(runs.start("dead", "--c", settings=f"pretraining.epochs={epoch + 1}"), "dead")
-    assert progress_of(runs.fold("dead") / FINAL) == (epoch + 1, 0)
+    # which of the two kept the addresses of all, and so who notices first, is left to chance
+    reasons = ("RendezvousConnectionError", "ChildFailedError", "Connection closed by peer")
+    assert any(reason in runs.output("dead") for reason in reasons), runs.output("dead")[-2000:]
+    epoch, step = progress_of(runs.fold("dead") / LATEST) or (0, 0)
+    assert (epoch, step) > (0, 0)
+    runs.finish(runs.start("dead", "--c", settings=f"pretraining.epochs={epoch + 2}"), "dead")
+    assert "Going on from" in runs.output("dead")
+    assert progress_of(runs.fold("dead") / FINAL) == (epoch + 2, 0)
 
 
 def test_num_gpus_is_the_same_as_torchrun(runs: Runs) -> None:
@@ -314,11 +324,11 @@ def test_fine_tuning_stops_saves_and_goes_on_too(runs: Runs, processes: int) -> 
 def test_a_killed_worker_ends_the_run_with_its_reason(runs: Runs) -> None:
     process = runs.start("worker", settings="pretraining.epochs=1000", nnUNet_n_proc_DA="1")
     runs.wait_for("worker", "Epoch 1")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = children_of(process.pid)
     started = time.monotonic()
     for child in children:
         if b"faulty.py" in Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
     runs.finish(process, "worker", status=1)
     assert time.monotonic() - started < 60
     assert "a worker was killed" in runs.output("worker").splitlines()[-1]

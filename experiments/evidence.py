@@ -175,6 +175,8 @@ def shift_section(results: dict[str, Any]) -> list[str]:
     lines = [
         "## How far features move when the rest of the image is hidden", "",
         "    python experiments/feature_shift.py --images IMAGES --checkpoints NAME=FILE ...", "",
+        "IMAGES: the first files of the hippocampus folder; FILE: `checkpoint_final.pth` of the pre-training NAME.",
+        "",
         f"Squared change of the features of visible voxels between a whole and a masked image, over their variance, by "
         f"scale, finest first; {results['images']} images, checkpoints of `hippocampus_cpu_masking`. A share of 1 says "
         f"that hiding changes a feature as much as another place in another image does.", "",

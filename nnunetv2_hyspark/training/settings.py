@@ -58,6 +58,11 @@ def resolve_settings(
             fixes the network.
     """
     block = configuration.get("hyspark", {})
+    if not isinstance(block, Mapping):
+        raise ValueError(
+            f'the "hyspark" block of configuration {configuration_name} is {block!r}; expected settings by name, '
+            f'such as {{"pretraining": {{"mask_ratio": 0.6}}}}, or no such block.'
+        )
     planned = {key: value for key, value in block.items() if key not in _NOT_SETTINGS}
     sources = [Source(f"the \"hyspark\" block of configuration {configuration_name}", planned)]
     text = environment.get(ENVIRONMENT_VARIABLE, "")

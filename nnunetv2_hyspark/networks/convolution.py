@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..depthwise import depthwise_conv3d, has_fast_gradients
 from ..geometry import Size3, as_size3
 from ..sparse import SparseLayout
 
@@ -30,12 +31,15 @@ class Conv3d(nn.Conv3d):
             raise ValueError(f"kernel size is {kernel_size}; same padding needs odd sizes on every axis.")
         padding = (kernel_size[0] // 2, kernel_size[1] // 2, kernel_size[2] // 2)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
+        self.same_padding = padding
 
     def forward(self, x: torch.Tensor, layout: SparseLayout | None = None) -> torch.Tensor:
         """``(B, C, D, H, W)``, or the layout's own form."""
-        if layout is None:
-            return super().forward(x)
-        return layout.conv3d(x, self.weight, self.bias, as_size3(self.stride), self.groups)
+        if layout is not None:
+            return layout.conv3d(x, self.weight, self.bias, as_size3(self.stride), self.groups)
+        if self.stride == (1, 1, 1) and has_fast_gradients(x, self.weight, self.groups):
+            return depthwise_conv3d(x, self.weight, self.bias, self.same_padding)
+        return super().forward(x)
 
 
 def max_pool3d(x: torch.Tensor, stride: Size3, layout: SparseLayout | None = None) -> torch.Tensor:

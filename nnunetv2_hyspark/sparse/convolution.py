@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ..depthwise import has_fast_gradients, input_gradient, weight_gradient
 from ..geometry import as_size3
 from .halo import HaloTable, attach_halo, fold_halo
 
@@ -39,19 +40,26 @@ class _SubmanifoldConv3d(torch.autograd.Function):
         table = HaloTable(source, empty, ctx.padded, ctx.symmetric)
         grad_blocks = grad_weight = grad_bias = None
         folds = ctx.needs_input_grad[0] and not ctx.symmetric
+        wants_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         if ctx.needs_input_grad[0] and ctx.symmetric:
             grad_blocks = F.conv3d(
                 attach_halo(grad_output, table), adjoint_weight(weight, ctx.groups), groups=ctx.groups
             )
-        if folds or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if has_fast_gradients(grad_output, weight, ctx.groups):
+            if folds:
+                grad_padded = input_gradient(grad_output, weight, (0, 0, 0))
+            if wants_parameters:
+                grad_weight = weight_gradient(attach_halo(blocks, table), grad_output, weight, (0, 0, 0))
+                grad_bias = grad_output.sum((0, 2, 3, 4)) if ctx.has_bias else None
+        elif folds or wants_parameters:
             bias_sizes = [weight.shape[0]] if ctx.has_bias else None
             grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad_output, attach_halo(blocks, table), weight, bias_sizes,
                 [1, 1, 1], [0, 0, 0], [1, 1, 1], False, [0, 0, 0], ctx.groups,
-                [folds, ctx.needs_input_grad[1] or ctx.needs_input_grad[2], ctx.has_bias],
+                [folds, wants_parameters, ctx.has_bias],
             )
-            if folds:
-                grad_blocks = fold_halo(grad_padded, table, as_size3(blocks.shape[2:]))
+        if folds:
+            grad_blocks = fold_halo(grad_padded, table, as_size3(blocks.shape[2:]))
         return grad_blocks, grad_weight, grad_bias, None, None, None, None, None
 
 

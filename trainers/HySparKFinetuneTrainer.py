@@ -101,6 +101,14 @@ class HySparKFinetuneTrainer(HySparKTrainer):
             )
         return optimizer, schedule
 
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):  # nnU-Net's spelling
+        """nnU-Net's, with the mirrored axes of the settings."""
+        rotation, is_planewise, size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        axes = tuple(axis for axis in axes if axis in self.settings.finetuning.mirror_axes)
+        # nnU-Net's predictor takes None for no axis
+        self.inference_allowed_mirroring_axes = axes or None
+        return rotation, is_planewise, size, axes
+
     def on_train_epoch_start(self) -> None:
         """nnU-Net's; counts steps for the schedule and logs the decoder's rate."""
         self.network.train()

@@ -50,6 +50,12 @@ class FinetuningConfig:
         metadata={"help": "for every image channel the pre-trained channel whose weights it takes, from 0, or -1 for "
                   "none; empty: their mean, if the numbers differ"},
     )
+    mirror_axes: tuple[int, ...] = field(
+        default=(0, 1, 2),
+        metadata={"choices": (0, 1, 2), "help": "axes of preprocessed images that are mirrored, at random in training "
+                  "and for test-time augmentation in validation and prediction; empty: none, as for labels that tell "
+                  "left from right"},
+    )
     seed: int = field(default=-1, metadata={"range": (-1, 2**31 - 1), "help": "of initialisation; -1: not fixed"})
 
 

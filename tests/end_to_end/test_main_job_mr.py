@@ -75,9 +75,9 @@ def test_a_truncated_checkpoint_is_refused_by_a_sentence(trained, tmp_path: Path
     assert "Traceback" not in said
 
 
-def predict(workspace, output: Path, *extra) -> list[Path]:
+def predict(workspace, output: Path, *extra, trainer: str = "HySparKFinetuneTrainer", fold: int = 0) -> list[Path]:
     images = workspace.raw / DATASET / "imagesTs"
-    command = ("nnUNetv2_predict", "-d", 4, "-tr", "HySparKFinetuneTrainer", "-p", PLANS, "-c", "3d_fullres", "-f", 0)
+    command = ("nnUNetv2_predict", "-d", 4, "-tr", trainer, "-p", PLANS, "-c", "3d_fullres", "-f", fold)
     workspace.run(*command, "-i", images, "-o", output, "-device", "cpu", *extra)
     return sorted(output.glob("*.nii.gz"))
 
@@ -158,12 +158,14 @@ def test_continue_validate_and_no_checkpoints(trained):
     assert (output / "validation" / "summary.json").is_file()
 
 
-def test_the_baseline_trains_from_scratch_and_refuses_weights(trained):
+def test_the_baseline_trains_from_scratch_and_refuses_weights(trained, tmp_path: Path):
+    """Without mirroring, so that validation and prediction without test-time augmentation are seen as well."""
     workspace, _ = trained
     command = ("nnUNetv2_train", 4, "3d_fullres", 1, "-tr", "HySparKScratchTrainer", "-p", PLANS, "-device", "cpu")
-    short = workspace.settings.replace("finetuning.epochs=2", "finetuning.epochs=1")
+    short = workspace.settings.replace("finetuning.epochs=2", "finetuning.epochs=1,mirror_axes=[]")
     log = workspace.run(*command, settings=short)
     assert "Mean Validation Dice" in log
+    assert len(predict(workspace, tmp_path / "predicted", trainer="HySparKScratchTrainer", fold=1)) == 2
     weights = workspace.output(DATASET, "HySparKPretrainTrainer", PLANS, "all") / "checkpoint_final.pth"
     log = workspace.run(*command, "-pretrained_weights", weights, settings=short, expect=-1)
     assert "use -tr HySparKFinetuneTrainer" in log

@@ -16,6 +16,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 settings.register_profile("hyspark", deadline=None)
 settings.load_profile("hyspark")
 
+if not torch.cuda.is_available():
+    # Triton decides when it is first imported; our kernels then run on the CPU, slowly
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _startup.install()  # so that tests also run from a checkout that is not installed
 
 

@@ -23,6 +23,7 @@ from nnunetv2_hyspark.geometry import Size3, as_size3
 from nnunetv2_hyspark.masking import count_visible, random_visible, random_visible_between
 from nnunetv2_hyspark.pretext.build import build_hyspark
 from nnunetv2_hyspark.pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
+from nnunetv2_hyspark.sparse.backends import choose_backend
 from nnunetv2_hyspark.training.diagnosis import new_signs, representation_health
 from nnunetv2_hyspark.training.distributed import gather, split_batch
 from nnunetv2_hyspark.training.epoch import EpochSoFar
@@ -110,6 +111,11 @@ class HySparKPretrainTrainer(ResumableTrainer):
                 f"expected a ratio up to it, or 0 for none."
             )
         super().initialize()
+        self.model.compute_with(
+            choose_backend(
+                self.options.backend, self.device, lambda why: self.print_to_log_file(f"WARNING: {why}")
+            )
+        )
         self.model.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
 
     def load_pretrained(self, filename: str) -> None:

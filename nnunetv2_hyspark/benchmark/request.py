@@ -13,6 +13,8 @@ from ..masking import count_visible
 from ..networks.topology import PAPER_STRIDES, ArchitectureConfig, derive_arch_kwargs
 from ..pretext.build import build_hyspark
 from ..pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
+from ..sparse.backends import choose_backend
+from ..sparse.convolution import submanifold_conv3d
 from ..training.parameters import decay_groups
 from .plan import PlannedNetwork
 from .reference import dense_then_mask, official_like
@@ -28,6 +30,9 @@ VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {
     "dense": dense_then_mask,
     "official-like": official_like,
 }
+
+GPU_VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {"triton": lambda model: model}
+"""The block path by other backends, where these run."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,20 @@ class Request:
         count_visible(self.grid, self.mask_ratio)
 
 
+def variants(request: Request) -> list[str]:
+    """What can be compared on the request's device."""
+    device = torch.device(request.device)
+    usable = choose_backend("triton", device, print) is not submanifold_conv3d if device.type == "cuda" else False
+    return [*VARIANTS, *(GPU_VARIANTS if usable else ())]
+
+
 def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.Tensor]:
     """Network, image ``(B, C, D, H, W)`` and mask of a request, the same for every variant."""
     torch.manual_seed(0)
     model = build_hyspark(request.channels, request.arch_kwargs, request.pretraining)
-    model = VARIANTS[variant](model).to(request.device)
+    backend = variant if variant in GPU_VARIANTS else "auto"
+    model.compute_with(choose_backend(backend, torch.device(request.device), print))
+    model = (VARIANTS | GPU_VARIANTS)[variant](model).to(request.device)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
     visible = model.draw_mask(request.batch, request.size, request.mask_ratio, generator).to(request.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from ..masking import random_visible
 from ..networks.encoder import HybridEncoder
 from ..networks.reconstruction import SKIPS, ReconstructionDecoder
 from ..sparse import BlockLayout, SparseLayout
+from ..sparse.backends import BACKENDS, Convolution
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ class HySparKConfig:
         default=True,
         metadata={"help": "mask the CNN's feature maps too; false: only the image and the transformer's tokens are "
                   "masked, and the CNN runs on all of an image with zeros in it (slow; for comparison)"},
+    )
+    backend: str = field(
+        default="auto",
+        metadata={"choices": BACKENDS, "help": "who computes the encoder's sparse convolutions: torch; gathered: "
+                  "matrix products over pairs of visible voxels for small blocks; triton: depthwise ones on CUDA "
+                  "without copies of halos (not yet run on a GPU); auto: gathered on CPUs, else torch; compared with "
+                  "torch at the start"},
     )
     decoder_width: int = field(
         default=0,
@@ -235,6 +244,10 @@ class HySparK(nn.Module):
     ) -> torch.Tensor:
         """Random visible cells ``(B, g0, g1, g2)`` for images of this size; see :func:`random_visible`."""
         return random_visible(batch_size, self.encoder.grid(image_size), mask_ratio, generator)
+
+    def compute_with(self, convolve: Convolution) -> None:
+        """Leaves sparse convolutions to a backend; see :func:`nnunetv2_hyspark.sparse.backends.choose_backend`."""
+        self.layout = functools.partial(BlockLayout, convolve=convolve)
 
     @torch.compiler.disable
     def lay_out(self, visible: torch.Tensor) -> SparseLayout:

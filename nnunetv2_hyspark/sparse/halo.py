@@ -8,6 +8,7 @@ is zero or the nearest voxel of the block itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,6 +32,27 @@ class HaloTable:
     empty: torch.Tensor
     padded: Size3
     symmetric: bool = True
+
+    @cached_property
+    def neighbours(self) -> torch.Tensor:
+        """``source`` as int32, with -1 where there is none: for kernels that look up every voxel by themselves."""
+        return self.source.int().index_fill_(0, self.empty, -1)
+
+    @cached_property
+    def _pairs(self) -> dict[Size3, list[tuple[torch.Tensor, torch.Tensor]]]:
+        return {}
+
+    def pairs(self, kernel: Size3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Which voxels a kernel of this size, the one the table was made for, joins: for every tap in row-major order
+        the rows that it adds to, and the rows that it reads, int64, each row at most once."""
+        if kernel not in self._pairs:
+            windows = self.neighbours.view(-1, *self.padded)
+            for axis, edge in enumerate(kernel):
+                windows = windows.unfold(axis + 1, edge, 1)
+            by_tap = windows.reshape(-1, kernel[0] * kernel[1] * kernel[2]).t()
+            targets = [(row >= 0).nonzero().squeeze(1) for row in by_tap]
+            self._pairs[kernel] = [(target, row[target].long()) for target, row in zip(targets, by_tap)]
+        return self._pairs[kernel]
 
 
 def neighbour_blocks(cells: torch.Tensor, batch_size: int, grid: Size3, reach: Size3) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ..geometry import Size3, as_size3, divide, multiply, volume
+from .backends import Convolution
 from .convolution import submanifold_conv3d
 from .halo import HaloTable, halo_table
 from .normalization import instance_norm
@@ -68,16 +69,20 @@ class BlockLayout:
         visible: boolean ``(B, g0, g1, g2)``.
         hidden: what convolutions take for masked voxels next to a visible block: ``"zero"``, or ``"nearest"``, the
             nearest voxel of that block.
+        convolve: who computes convolutions; see :mod:`nnunetv2_hyspark.sparse.backends`.
 
     Raises:
         ValueError: if the mask has another shape or dtype, a sample has no visible cell, or ``hidden`` is unknown.
     """
 
-    def __init__(self, visible: torch.Tensor, hidden: str = "zero"):
+    def __init__(
+        self, visible: torch.Tensor, hidden: str = "zero", convolve: Convolution = submanifold_conv3d
+    ):
         check_visible(visible)
         check_hidden(hidden)
         self.visible = visible
         self.hidden = hidden
+        self.convolve = convolve
         self.batch_size = visible.shape[0]
         self.grid: Size3 = as_size3(visible.shape[1:])
         self.cells = visible.nonzero()
@@ -113,7 +118,9 @@ class BlockLayout:
         for block, kernel in kernels:
             reach = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
             if reach != (0, 0, 0):
-                self.halo(block, reach)
+                table = self.halo(block, reach)
+                if self.convolve is not submanifold_conv3d:
+                    table.neighbours  # noqa: B018, made here for the same reason
             self.rims(reach)
         self.rims((0, 0, 0))
 
@@ -147,12 +154,12 @@ class BlockLayout:
     def conv3d(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Size3, groups: int
     ) -> torch.Tensor:
-        """See :func:`nnunetv2_hyspark.sparse.convolution.submanifold_conv3d`."""
+        """See :func:`nnunetv2_hyspark.sparse.convolution.submanifold_conv3d`; computed by the layout's backend."""
         block = as_size3(x.shape[2:])
         divide(block, stride, "block")
         radius = (weight.shape[2] // 2, weight.shape[3] // 2, weight.shape[4] // 2)
         table = None if radius == (0, 0, 0) else self.halo(block, radius)
-        return submanifold_conv3d(x, weight, bias, table, groups, stride)
+        return self.convolve(x, weight, bias, table, groups, stride)
 
     def densified_conv3d(
         self, x: torch.Tensor, fill: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -189,6 +189,32 @@ def shift_section(results: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def cost_section(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """What a pre-training step of the paper's network takes, by decoder and by way to compute it."""
+    steps = [b for b in benchmarks if "step" in b]
+    if not steps:
+        return []
+    lines = [
+        "## What a step costs", "",
+        "From [benchmarks.md](benchmarks.md), which has the machine and the commands: a whole pre-training step of the "
+        "paper's network on one crop, three quarters hidden. The ways compute the same loss; the last column is their "
+        "largest relative difference in the loss and in the encoder's gradients, so what is learned does not depend on "
+        "the way.", "",
+        "| decoder | crop | blocks, s | dense-then-mask | official-like | GB, blocks | GB, dense | differences |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for benchmark in steps:
+        request, step, memory = benchmark["request"], benchmark["step"], benchmark.get("memory_gb", {})
+        name = {"default": "the default", "official": "768 wide, as the release's"}[request["step"]]
+        differences = [max(values.values()) for values in benchmark["relative_differences"].values()]
+        lines.append(
+            f"| {name} | {'x'.join(map(str, request['size']))} | {step['blocks']['median_s']:.2f} | "
+            f"{step['dense']['ratio_to_blocks']:.2f} x | {step['official-like']['ratio_to_blocks']:.2f} x | "
+            f"{memory['blocks']:.2f} | {memory['dense']:.2f} | {' and '.join(f'{d:.0e}' for d in differences)} |"
+        )
+    return [*lines, ""]
+
+
 def main() -> None:
     """Reads the files named on the command line."""
     if len(sys.argv) < 2:
@@ -197,6 +223,8 @@ def main() -> None:
     for name in sys.argv[1:]:
         results = json.loads(Path(name).read_text(encoding="utf-8"))
         lines += section(results) if "study" in results else shift_section(results)
+    benchmarks = sorted((DOCS / "figures").glob("benchmark_*.json"))
+    lines += cost_section([json.loads(file.read_text(encoding="utf-8")) for file in benchmarks])
     notes = DOCS / "evidence_notes.md"
     if notes.exists():
         lines += ["", notes.read_text(encoding="utf-8")]

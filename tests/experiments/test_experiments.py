@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunetv2_hyspark.configuration import Source, resolve
+from nnunetv2_hyspark.networks.topology import ArchitectureConfig
+from nnunetv2_hyspark.pretext.hyspark import HySparKConfig
+from nnunetv2_hyspark.training.finetuning import FinetuningConfig
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -73,6 +78,20 @@ def test_scores_of_a_validation(script, tmp_path):
 
 def piece(seed: int, dice: list[float]) -> dict:
     return {"seed": seed, "cases": {f"c{n}": {"dice": {"1": d}, "hd95": {"1": 1.0}} for n, d in enumerate(dice)}}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments" / "studies").glob("*.json")), ids=lambda file: file.stem)
+def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, file):
+    study = script("study").Study(**json.loads(file.read_text()))
+    assert study.name == file.stem
+    sections = [("pretraining", settings) for settings in study.pretraining.values()]
+    sections += [("finetuning", {**study.finetuning, **arm.get("settings", {})}) for arm in study.arms.values()]
+    for stage, settings in sections:
+        defaults = {"pretraining": HySparKConfig(), "finetuning": FinetuningConfig()}
+        resolve(defaults, stage, (), [Source(file.name, {stage: settings})])
+    resolve({"architecture": ArchitectureConfig()}, "architecture", (), [Source(file.name, study.architecture)])
+    assert {arm["weights"] for arm in study.arms.values() if "weights" in arm} <= set(study.pretraining)
+    assert {arm["plans"] for arm in study.arms.values() if "plans" in arm} <= set(study.other_plans)
 
 
 def test_comparison_pairs_cases_and_common_seeds(script):

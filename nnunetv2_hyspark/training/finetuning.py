@@ -22,7 +22,8 @@ class FinetuningConfig:
         metadata={"range": (0.01, 1.0), "help": "learning rate factor per encoder stage away from the decoder"},
     )
     frozen_epochs: int = field(
-        default=0, metadata={"range": (0, 10**7), "help": "first epochs in which the encoder is not trained"}
+        default=0,
+        metadata={"range": (0, 10**7), "help": "first epochs in which the encoder is not trained; then it warms up"},
     )
     weight_decay: float = field(default=0.05, metadata={"range": (0.0, 1.0), "help": "AdamW, matrices only"})
     warmup_epochs: float = field(

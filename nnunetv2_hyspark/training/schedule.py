@@ -31,7 +31,8 @@ class WarmupCosineSchedule:
         epochs: length of the run.
         warmup_epochs: length of the warm-up; a tenth of the run at most.
         iterations_per_epoch: steps per epoch.
-        frozen_epochs: first epochs in which groups named ``encoder*`` have rate 0.
+        frozen_epochs: first epochs in which groups named ``encoder*`` have rate 0; after them these warm up by
+            themselves, for as long as the run did: their gradients are new to the optimizer.
     """
 
     def __init__(
@@ -55,10 +56,17 @@ class WarmupCosineSchedule:
         """Rates of optimizer step ``step`` (from 0). The first step of a warm-up has a rate above zero."""
         total = self.epochs * self.iterations_per_epoch
         rate = self.peak * warmup_cosine((step + (1 if self.warmup else 0)) / (total + 1), self.warmup)
-        frozen = step < self.frozen_epochs * self.iterations_per_epoch
         for group in self.optimizer.param_groups:
             is_encoder = str(group.get("name", "")).startswith("encoder")
-            group["lr"] = 0.0 if frozen and is_encoder else rate * group.get("lr_scale", 1.0)
+            share = self._share_of_the_encoder(step) if is_encoder else 1.0
+            group["lr"] = rate * share * group.get("lr_scale", 1.0)
+
+    def _share_of_the_encoder(self, step: int) -> float:
+        """0 while it is frozen, rising to 1 after that."""
+        if not self.frozen_epochs:
+            return 1.0
+        trained = step - self.frozen_epochs * self.iterations_per_epoch + 1
+        return min(max(trained / max(self.warmup * self.epochs * self.iterations_per_epoch, 1), 0.0), 1.0)
 
     def step(self, epoch: int) -> None:
         """Rates of the first step of an epoch; nnU-Net calls this at every epoch's start."""

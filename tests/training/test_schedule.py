@@ -59,6 +59,20 @@ def test_groups():
         assert encoder == (0 if step < 6 else pytest.approx(0.1 * decoder))
 
 
+def test_a_frozen_encoder_warms_up_when_it_is_let_go():
+    """As long as the run itself did, here 10 steps; the decoder goes on as ever."""
+    made = optimizer({"name": "encoder-3", "lr_scale": 0.5}, {"name": "decoder", "lr_scale": 1.0})
+    schedule = WarmupCosineSchedule(made, 1e-3, 10, 1, 10, frozen_epochs=3)
+    shares = []
+    for step in range(100):
+        schedule.set_step(step)
+        encoder, decoder = (group["lr"] for group in made.param_groups)
+        shares.append(encoder / decoder)
+    assert shares[:30] == [0.0] * 30
+    assert shares[30:40] == pytest.approx([0.5 * n / 10 for n in range(1, 11)])
+    assert shares[40:] == pytest.approx([0.5] * 60)
+
+
 def test_epoch_is_its_first_step_and_needs_no_state():
     schedule = WarmupCosineSchedule(optimizer(), 1e-3, 10, 1, 7)
     expected = rates(schedule, 70)

@@ -4,7 +4,7 @@
 
 The study's file says what is trained; see experiments/README.md. Every training is a piece: a finished one is never
 repeated, an interrupted one goes on, and ``--minutes`` stops before a new piece is begun, so that a study can be run
-in several goes; ``--arms`` leaves the other arms to another process beside this one. Results are added to
+in several goes; ``--arms`` and ``--folds`` leave the others to another process beside this one. Results are added to
 experiments/results/NAME.json as they come. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always; FOLDER takes the
 results and the logs.
 """
@@ -84,11 +84,11 @@ class Runner:
     Args:
         study: what to run.
         minutes: no piece is begun after so many.
-        arms: which of the study's arms.
+        arms, folds: which of the study's.
     """
 
-    def __init__(self, study: Study, work: Path, minutes: float, arms: list[str]):
-        self.study, self.work, self.arms = study, work, arms
+    def __init__(self, study: Study, work: Path, minutes: float, arms: list[str], folds: list[int]):
+        self.study, self.work, self.arms, self.folds = study, work, arms, folds
         self.until = time.monotonic() + 60 * minutes
         self.file = HERE / "results" / f"{study.name}.json"
 
@@ -231,7 +231,7 @@ class Runner:
         return all(
             self.piece(arm, fold, seed)
             for seed in self.study.seeds
-            for fold in self.study.folds
+            for fold in self.folds
             for arm in self.arms
         )
 
@@ -243,12 +243,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--arms", nargs="+", help="default: all")
+    parser.add_argument("--folds", nargs="+", type=int, help="default: all")
     arguments = parser.parse_args()
     study = Study(**json.loads(arguments.study.read_text(encoding="utf-8")))
     arms = arguments.arms or list(study.arms)
     if unknown := [arm for arm in arms if arm not in study.arms]:
         parser.error(f"--arms names {', '.join(unknown)}; the study has {', '.join(study.arms)}.")
-    finished = Runner(study, arguments.work.resolve(), arguments.minutes, arms).run()
+    folds = arguments.folds or study.folds
+    if unknown_folds := [str(fold) for fold in folds if fold not in study.folds]:
+        parser.error(f"--folds names {', '.join(unknown_folds)}; the study has {', '.join(map(str, study.folds))}.")
+    finished = Runner(study, arguments.work.resolve(), arguments.minutes, arms, folds).run()
     print(f"{study.name}: " + ("finished" if finished else "to be gone on with, by the same command"))
 
 

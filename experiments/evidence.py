@@ -26,12 +26,12 @@ that `experiments/study.py` stored; [experiments/README.md](../experiments/READM
 
 Dice in percent, mean over the validation cases and structures, then over seeds (in brackets the standard deviation
 over seeds). HD95: 95th percentile of the surface distance, mm, over cases where both masks have voxels. p: two-sided
-Wilcoxon signed-rank test over validation cases, each case's Dice averaged over seeds, against the arm `{baseline}`.
-The difference and p are over the seeds that both arms have; Dice is over all that an arm has.
-Steps to reach the baseline: the first epoch whose pseudo-Dice on validation patches, averaged over seeds, is at least
-the baseline's at its end. Linear probe: Dice of a linear classifier on the frozen encoder's features, all scales
-together, fitted on half of `2 * probe_cases` labelled crops of `probe_dataset` and tested on the other half, while
-pre-training goes on.
+Wilcoxon signed-rank test over validation cases, each case's Dice averaged over seeds. An arm is compared with
+`{baseline}`, or with what the study's file names as its `baselines`, over the seeds that both have; Dice is over all
+that an arm has. Level: the first epoch whose pseudo-Dice on validation patches, averaged over seeds, is at least the
+baseline's at its end. Linear probe: Dice of a linear classifier on the frozen encoder's features, all scales together,
+fitted on half of `2 * probe_cases` labelled crops of `probe_dataset` and tested on the other half, while pre-training
+goes on.
 """
 BASELINE = "scratch"
 
@@ -65,6 +65,19 @@ def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[f
     difference = np.array([sides[0][case] - sides[1][case] for case in sides[0]])
     p = wilcoxon(difference).pvalue if np.any(difference) else 1.0
     return float(difference.mean()), float(p)
+
+
+def comparison(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], steps_per_epoch: int) -> str:
+    """Difference to a baseline's pieces in words, empty where there is no common seed."""
+    seeds = {piece["seed"] for piece in ours} & {piece["seed"] for piece in theirs}
+    if not seeds:
+        return ""
+    points, p = compare(ours, theirs)
+    common = [[piece for piece in pieces if piece["seed"] in seeds] for pieces in (ours, theirs)]
+    ends = curve(common[1])
+    above = np.nonzero(curve(common[0]) >= ends[-1])[0]
+    when = f"after {(above[0] + 1) * steps_per_epoch} steps of" if len(above) else "never in"
+    return f"{name}: {points:+.1f} (p {p:.2g}), level {when} {len(ends) * steps_per_epoch}"
 
 
 def curve(pieces: Iterable[dict[str, Any]]) -> np.ndarray:
@@ -135,31 +148,28 @@ def section(results: dict[str, Any]) -> list[str]:
     if not study["arms"]:
         return lines
     lines += [
-        "| labelled cases | arm | Dice | difference | p | by structure | HD95, mm | seeds | minutes | steps to reach "
-        "the baseline |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| labelled cases | arm | Dice | against | by structure | HD95, mm | seeds | minutes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for count in counts:
-        baseline = groups.get((BASELINE, count))
-        for arm in study["arms"]:
+        for arm, options in study["arms"].items():
             pieces = groups.get((arm, count))
             if not pieces:
                 continue
             dice = [float(np.mean(list(mean_dice(p).values()))) for p in pieces]
             spread = f" ({np.std(dice, ddof=1):.1f})" if len(dice) > 1 else ""
-            difference, p, reached = "", "", ""
-            if baseline and arm != BASELINE:
-                points, value = compare(pieces, baseline)
-                difference, p = f"{points:+.1f}", f"{value:.2g}"
-                above = np.nonzero(curve(pieces) >= curve(baseline)[-1])[0]
-                steps = study["finetuning"]["iterations_per_epoch"]
-                reached = f"{(above[0] + 1) * steps} of {len(curve(baseline)) * steps}" if len(above) else "not reached"
+            against = [
+                comparison(name, pieces, groups.get((name, count), []), study["finetuning"]["iterations_per_epoch"])
+                for name in options.get("baselines", [BASELINE])
+                if name != arm
+            ]
             structures = ", ".join(f"{v:.1f}" for v in per_structure(pieces, "dice", 100).values())
             hd95 = ", ".join(f"{v:.1f}" for v in per_structure(pieces, "hd95").values())
             minutes = float(np.mean([p["seconds"] for p in pieces])) / 60
+            differences = "<br>".join(filter(None, against))
             lines.append(
-                f"| {count} | {arm} | {np.mean(dice):.1f}{spread} | {difference} | {p} | {structures} | {hd95} | "
-                f"{len(dice)} | {minutes:.1f} | {reached} |"
+                f"| {count} | {arm} | {np.mean(dice):.1f}{spread} | {differences} | {structures} | {hd95} | "
+                f"{len(dice)} | {minutes:.1f} |"
             )
     settings = ", ".join(f"{key}={value}" for key, value in study["finetuning"].items())
     lines += ["", f"All arms: {settings}. Network: {json.dumps(study['architecture'])}.", "", "Per arm:", ""]

@@ -45,7 +45,7 @@ class Study:
         pretraining: named pre-trainings, each with its settings; those that no arm names are run if there are no arms.
         finetuning: settings of every supervised training.
         arms: per arm ``trainer``, and where they apply ``weights`` (name of a pre-training), ``settings`` (added to
-            ``finetuning``), ``plans`` and ``environment``.
+            ``finetuning``), ``plans`` and ``environment``; ``baselines`` names the arms to compare with.
         folds, seeds: which subsets, and how often.
         device: ``cpu`` or ``cuda``.
         other_plans: further plans of the labelled data set: per name ``arguments`` of ``nnUNetv2_plan_experiment``, and

@@ -91,6 +91,7 @@ def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, f
         resolve(defaults, stage, (), [Source(file.name, {stage: settings})])
     resolve({"architecture": ArchitectureConfig()}, "architecture", (), [Source(file.name, study.architecture)])
     assert {arm["weights"] for arm in study.arms.values() if "weights" in arm} <= set(study.pretraining)
+    assert {name for arm in study.arms.values() for name in arm.get("baselines", [])} <= set(study.arms)
     assert {arm["plans"] for arm in study.arms.values() if "plans" in arm} <= set(study.other_plans)
 
 
@@ -101,6 +102,15 @@ def test_comparison_pairs_cases_and_common_seeds(script):
     points, p = compare(ours, theirs)
     assert points == pytest.approx(10) and p < 0.01
     assert compare(theirs, theirs) == (0.0, 1.0)
+
+
+def test_a_comparison_in_words_is_over_common_seeds(script):
+    comparison = script("evidence").comparison
+    theirs = [{**piece(0, [0.5] * 8), "curve": [0.1, 0.2, 0.4]}, {**piece(9, [0.1] * 8), "curve": [0.9, 0.9, 0.9]}]
+    ours = [{**piece(0, [0.6] * 8), "curve": [0.2, 0.3, 0.5]}]
+    assert comparison("scratch", ours, theirs, 50) == "scratch: +10.0 (p 0.0078), level after 150 steps of 150"
+    assert comparison("scratch", theirs[:1], ours, 50) == "scratch: -10.0 (p 0.0078), level never in 150"
+    assert comparison("scratch", ours, theirs[1:], 50) == ""
 
 
 def test_pretrainings_are_compared_by_what_differs(script):

@@ -24,7 +24,9 @@ Three ways to compute the same network with the same weights, run in turn in one
 
 - **blocks**: this library. Visible blocks in the encoder, merged up-sampling, sparse projections, channels-last
   memory.
-- **dense**: the same code on dense maps multiplied by the mask; everything else as good as the block path's.
+- **dense**: the same code on dense maps multiplied by the mask; everything else as good as the block path's, except
+  that gradients of depthwise convolutions are PyTorch's own. With ours (`depthwise.py`) its encoder takes 3.85 s in
+  place of 4.72 forward and backward, 5.1 times the block path's time in the same run instead of 6.2.
 - **official-like**: dense-then-mask in contiguous memory with PyTorch's own norms and separate convolutions, as the
   official release computes; without the projection that it makes and never uses.
 

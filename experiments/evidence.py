@@ -100,7 +100,8 @@ def plot_curves(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[s
         axis.set_xlabel("steps")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("pseudo-Dice, %")
-    axes[0][0].legend(fontsize=7)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    axes[0][0].legend(lines.values(), lines.keys(), fontsize=7)
     figure.tight_layout()
     name = f"figures/evidence_{study['name']}.png"
     figure.savefig(DOCS / name, dpi=110)

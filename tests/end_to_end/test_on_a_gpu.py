@@ -73,11 +73,14 @@ def test_mixed_precision(dtype):
 
 @pytest.mark.slow
 def test_compiled_steps_train_alike():
+    """The same loss at first; then as close as AdamW allows, whose first steps turn rounding near zero into signs."""
     losses = {}
     for compiled in (False, True):
         step = make_step(Request(**{**SMALL.__dict__, "compile": compiled}), "blocks")
         losses[compiled] = [step() for _ in range(4)]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=1e-4)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+    assert losses[True][-1] < losses[True][0]
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="PyTorch counts its memory on CUDA only")

@@ -18,7 +18,7 @@ VECTOR = 16
 
 
 def has_fast_gradients(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
-    """Whether this module's gradients serve: depthwise, float32, on a CPU with oneDNN, and not inside a compiler.
+    """Whether this module's gradients serve: depthwise, float32, on a CPU with oneDNN, without autocast or compiler.
 
     Args:
         x: ``(N, C, D, H, W)``.
@@ -31,6 +31,7 @@ def has_fast_gradients(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bo
         and groups == x.shape[1] == weight.shape[0]
         and groups > 1
         and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 

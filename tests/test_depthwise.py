@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from nnunetv2_hyspark.depthwise import depthwise_conv3d, has_fast_gradients, input_gradient, weight_gradient
+from nnunetv2_hyspark.networks.convolution import Conv3d
 
 
 def tensors(samples, channels, size, kernel, padding, channels_last=True):
@@ -65,6 +66,17 @@ def test_gradients_of_any_form(samples, channels, size, kernel, data):
     _, (grad_x, grad_weight, _) = reference(x, weight, bias, grad, padding)
     assert_close(input_gradient(grad, weight, padding), grad_x)
     assert_close(weight_gradient(x, grad, weight, padding), grad_weight)
+
+
+def test_autocast_is_left_to_pytorch():
+    """Its output is in half precision, and so is the gradient that comes back."""
+    convolution = Conv3d(16, 16, (3, 3, 3), groups=16)
+    x = torch.randn(1, 16, 4, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = convolution(x)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad is not None and convolution.weight.grad is not None
 
 
 def test_only_what_is_asked_for():

@@ -348,7 +348,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
         return weights
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Reconstructs held-out cases: ``validation/summary.json`` and a picture per case."""
+        """Reconstructs held-out cases: ``validation/summary.json`` and a picture per case. The last thing of a run."""
         self.network.eval()
         _, all_held_out = self.do_split()
         held_out = evenly_spread(all_held_out, self.options.validation_cases)
@@ -367,3 +367,4 @@ class HySparKPretrainTrainer(ResumableTrainer):
             means = write_summary(folder / "summary.json", results, self.options.mask_ratio)
             self.print_to_log_file("Validation complete", also_print_to_console=True)
             self.print_to_log_file(f"Mean reconstruction loss: {means['loss']:.4f}", also_print_to_console=True)
+        self.leave_process_group()

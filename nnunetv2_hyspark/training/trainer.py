@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 from datetime import datetime
@@ -269,6 +270,23 @@ class HySparKTrainer(nnUNetTrainer):
                 f"Stopped by {self.stop.name}; the training is done. Run the same command with --c for its validation."
             )
             raise SystemExit(self.stop.exit_status)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, and the last thing that it asks of a trainer; see :meth:`leave_process_group`."""
+        super().perform_actual_validation(save_probabilities)
+        self.leave_process_group()
+
+    def leave_process_group(self) -> None:
+        """Lets go of the process group; from here on this process works alone.
+
+        nnU-Net's ``-num_gpus`` destroys the group while the trainer still is there. A group that something holds lives
+        on until the interpreter shuts down, and then its threads, which give back the tensors of the last exchange, may
+        end the process with SIGABRT.
+        """
+        if isinstance(self.network, DistributedDataParallel):
+            self.network = self.network.module
+            self.is_ddp = False
+            gc.collect()
 
     def checkpoint_weights(self) -> dict[str, torch.Tensor]:
         """The weights that go into a checkpoint."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import Any
@@ -21,7 +23,7 @@ from nnunetv2_hyspark.data.cases import find_image
 from nnunetv2_hyspark.data.loader import Batches, CropBatches
 from nnunetv2_hyspark.geometry import Size3, as_size3
 from nnunetv2_hyspark.masking import count_visible, random_visible, random_visible_between
-from nnunetv2_hyspark.pretext.build import build_hyspark
+from nnunetv2_hyspark.pretext.build import build_hyspark, with_decoder_width
 from nnunetv2_hyspark.pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
 from nnunetv2_hyspark.sparse.backends import choose_backend
 from nnunetv2_hyspark.training.diagnosis import new_signs, representation_health
@@ -35,6 +37,7 @@ from nnunetv2_hyspark.training.progress import PretrainingLog, remaining_time
 from nnunetv2_hyspark.training.refused_load import write_refusal
 from nnunetv2_hyspark.training.resumable import ResumableTrainer
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
+from nnunetv2_hyspark.training.settings import Settings
 from nnunetv2_hyspark.training.tensorboard import TensorBoardLogger
 from nnunetv2_hyspark.training.trainer import HySparKTrainer, unwrap
 from nnunetv2_hyspark.training.validation import evenly_spread, validate_cases, write_summary
@@ -124,6 +127,11 @@ class HySparKPretrainTrainer(ResumableTrainer):
         report = load_pretraining(self.model, filename, functools.partial(write_refusal, self))
         self.print_to_log_file(report.table(), add_timestamp=False)
         self.write_load_report(report)
+
+    @staticmethod
+    def complete_settings(settings: Settings, arch_kwargs: Mapping[str, Any]) -> Settings:
+        """The settings with the reconstruction decoder's width as a number."""
+        return replace(settings, pretraining=with_decoder_width(settings.pretraining, arch_kwargs))
 
     @staticmethod
     def build_network_architecture(

@@ -17,7 +17,6 @@ class StagedCNN(Protocol):
     """What the hybrid encoder needs of a CNN."""
 
     input_channels: int
-    finest_channels: int
     strides: list[Size3]
     kernel_sizes: list[Size3]
     skip_channels: list[int]

@@ -75,7 +75,6 @@ class MedNeXtStages(nn.Module):
         expansion_per_stage: expansion of these blocks.
 
     Attributes:
-        finest_channels: width of the first stage.
         skip_channels: widths of the skip features, finest first.
         out_channels: width of the junction.
     """
@@ -115,7 +114,6 @@ class MedNeXtStages(nn.Module):
             Conv3d(narrow, wide, kernel) for narrow, wide, kernel in zip(widths, widths[1:], kernels)
         )
         self.input_channels = input_channels
-        self.finest_channels = widths[0]
         self.skip_channels = widths[1:]
         self.out_channels = widths[-1]
 

@@ -25,7 +25,7 @@ class StockCNN(nn.Module):
         features_per_stage, strides, kernel_sizes: per stage, finest first; the first stride must be 1.
 
     Attributes:
-        skip_channels, out_channels, finest_channels: see :class:`nnunetv2_hyspark.networks.encoder.StagedCNN`.
+        skip_channels, out_channels: see :class:`nnunetv2_hyspark.networks.encoder.StagedCNN`.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class StockCNN(nn.Module):
         if self.strides[0] != (1, 1, 1):
             raise ValueError(f"the first stage has stride {self.strides[0]}; expected (1, 1, 1).")
         self.kernel_sizes = [as_size3(k, "kernel size") for k in kernel_sizes]
-        self.finest_channels = features_per_stage[0]
         self.skip_channels = list(features_per_stage[:-1])
         self.out_channels = features_per_stage[-1]
 

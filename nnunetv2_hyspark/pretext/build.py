@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..networks.encoder import HybridEncoder
 from ..networks.reconstruction import ReconstructionDecoder
 from ..networks.segmentation import build_encoder
 from ..sparse import BlockLayout, SparseLayout
 from .hyspark import HySparK, HySparKConfig
 
 
-def default_decoder_width(encoder: HybridEncoder) -> int:
+def default_decoder_width(features_per_stage: Sequence[int]) -> int:
     """Junction width of the reconstruction decoder that makes its finest scale half of the first CNN stage.
 
     That is 256 for the paper's encoder; it keeps the full-resolution convolutions, the most
     expensive part of a step, in proportion for encoders with fewer or narrower stages.
     """
-    finest = max(encoder.cnn.finest_channels // 2, 1)
-    return finest * 2 ** (len(encoder.feature_channels) - 1)
+    finest = max(features_per_stage[0] // 2, 1)
+    return finest * 2 ** (len(features_per_stage) - 1)
+
+
+def with_decoder_width(config: HySparKConfig, arch_kwargs: Mapping[str, Any]) -> HySparKConfig:
+    """The settings with the decoder's width as a number, so that a checkpoint tells it whatever the default becomes."""
+    width = config.decoder_width or default_decoder_width(arch_kwargs["features_per_stage"])
+    return replace(config, decoder_width=width)
 
 
 def build_hyspark(
@@ -53,13 +59,12 @@ def build_hyspark(
         arch_kwargs.get("mlp_ratio", 4.0),
         arch_kwargs.get("cnn", "mednext"),
     )
-    width = config.decoder_width or default_decoder_width(encoder)
     decoder = ReconstructionDecoder(
         input_channels,
         encoder.feature_channels,
         encoder.strides,
         arch_kwargs["kernel_sizes"],
-        width,
+        with_decoder_width(config, arch_kwargs).decoder_width,
         config.fuse_finest,
         config.decoder_norm,
         config.skips,

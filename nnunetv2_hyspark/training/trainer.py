@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import os
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,7 +39,7 @@ from .checkpoints import (
 )
 from .distributed import any_process, distribute, only_on_first, process_device
 from .random_state import capture_random_state, restore_random_state
-from .settings import Stage, resolve_settings
+from .settings import Settings, Stage, resolve_settings
 from .signals import StopSignals
 
 RESULTS = ("progress.png", "previews", "incidents", "validation", "debug.json", "load_report.json", "tensorboard")
@@ -83,6 +84,7 @@ class HySparKTrainer(nnUNetTrainer):
         self.settings = resolve_settings(resolved, configuration, self.stage)
         own = plans["configurations"][configuration]
         own["architecture"] = architecture_of(resolved, self.settings.architecture)
+        self.settings = self.complete_settings(self.settings, own["architecture"]["arch_kwargs"])
         own["hyspark"] = {self.stage: self.settings.as_dict(self.stage)[self.stage]}
         self.continue_training = bool(plans.get("continue_training", False))
         self.was_resumed = False
@@ -112,6 +114,11 @@ class HySparKTrainer(nnUNetTrainer):
                 f"configuration {name} is {len(configuration['patch_size'])}D; HySparK networks are 3D, so use a 3D "
                 f"configuration such as 3d_fullres."
             )
+
+    @staticmethod
+    def complete_settings(settings: Settings, arch_kwargs: Mapping[str, Any]) -> Settings:
+        """The settings with what follows from the network in place of "by default"."""
+        return settings
 
     @property
     def folder(self) -> Path:

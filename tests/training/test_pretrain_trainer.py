@@ -553,6 +553,16 @@ def test_weights_and_biases_get_settings_and_numbers(make_trainer, monkeypatch):
         assert [entry for entry in run.logged if key in entry[0]] == [({key: v}, e) for e, v in enumerate(values)]
 
 
+def test_a_checkpoint_tells_the_decoder_s_width_as_a_number(make_trainer):
+    """So that a later version with another default reads it as it was."""
+    trainer = make_trainer()
+    trainer.run_training()
+    checkpoint = read_checkpoint(trainer.folder / FINAL)
+    width = trainer.model.reconstruction.projections[0].out_channels
+    stored = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["hyspark"]["pretraining"]
+    assert checkpoint["hyspark"]["settings"]["pretraining"]["decoder_width"] == stored["decoder_width"] == width > 0
+
+
 def test_a_probe_data_set_that_is_not_there_ends_the_run_at_its_start(make_trainer):
     with pytest.raises(ValueError, match="probe_dataset is 996, but there is no such data set"):
         make_trainer("probe_dataset=996").run_training()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json
@@ -38,6 +38,7 @@ from .checkpoints import (
     set_aside,
 )
 from .distributed import any_process, distribute, only_on_first, process_device
+from .exclusive import claim
 from .random_state import capture_random_state, restore_random_state
 from .settings import Settings, Stage, resolve_settings
 from .signals import StopSignals
@@ -89,6 +90,7 @@ class HySparKTrainer(nnUNetTrainer):
         self.continue_training = bool(plans.get("continue_training", False))
         self.was_resumed = False
         self.epoch_is_open = False
+        self.claimed: TextIO | None = None
         self.stop = StopSignals()
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
@@ -196,13 +198,19 @@ class HySparKTrainer(nnUNetTrainer):
         """nnU-Net's, after seeing to what is in the folder already."""
         if not self.was_initialized:
             self.initialize()
+        only_on_first(self._claim_folder)
         if self.continue_training and not self.was_resumed and checkpoints_in(self.folder):
             self.load_checkpoint(self.folder / LATEST)
         if not self.was_resumed:
             only_on_first(self._set_earlier_run_aside)
         super().on_train_start()
 
+    def _claim_folder(self) -> None:
+        if self.claimed is None:
+            self.claimed = claim(self.folder, self.print_to_log_file)
+
     def _set_earlier_run_aside(self) -> None:
+        self._claim_folder()
         remove_partial_files(self.folder)
         earlier = set_aside(self.folder, RESULTS, datetime.now())
         if earlier is not None:

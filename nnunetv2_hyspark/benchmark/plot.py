@@ -74,7 +74,8 @@ def _panels(results: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
         partial(_times, name=name, rows=results[key]) for key, name in TIMED.items() if key in results
     ]
     for key, draw in (
-        ("memory_gb", _memory), ("by_mask_ratio", _mask_ratios), ("sweep", _sweep), ("loading", _loading)
+        ("memory_gb", _memory), ("by_mask_ratio", _mask_ratios), ("sweep", _sweep), ("convolutions", _convolutions),
+        ("loading", _loading),
     ):
         if key in results:
             drawn.append(partial(draw, figures=results[key]))
@@ -131,6 +132,23 @@ def _sweep(axes: Axes, figures: Sequence[Mapping[str, Any]]) -> None:
     axes.margins(y=0.2)
     axes.set_title("dense time over the block path's")
     axes.legend(fontsize=8, frameon=False, ncols=2)
+
+
+def _convolutions(axes: Axes, figures: Sequence[Mapping[str, Any]]) -> None:
+    """Time of every other way over the reference's; a bar to the left of 1 is faster."""
+    others = [
+        (f"{row['kind']}, {row['where']} {_size(row['shape'])}: {way}", timed["ratio_to_torch"])
+        for row in figures for way, timed in row["forward_backward"].items() if way != "torch"
+    ]
+    names, ratios = zip(*others) if others else ((), ())
+    bars = axes.barh(range(len(names)), ratios, color=COLOURS[0])
+    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], fontsize=7, padding=2)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.invert_yaxis()
+    axes.axvline(1, color="0.5", linewidth=0.8)
+    axes.margins(x=0.15)
+    axes.set_title("single convolutions, forward and backward")
+    axes.set_xlabel("time / PyTorch's", fontsize=8)
 
 
 def _loading(axes: Axes, figures: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The network as the official release computes it: dense, masked after every step, contiguous memory."""
+"""Dense references: dense-then-mask as fast as it can be, and the network as the official release computes it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..depthwise import depthwise_conv3d, has_fast_gradients
 from ..networks.mednext import MedNeXtBlock
 from ..networks.reconstruction import ReconstructionDecoder, UpBlock
 from ..pretext.hyspark import HySparK
 from ..sparse import DenseMaskLayout, SparseLayout
+
+
+class FastMaskLayout(DenseMaskLayout):
+    """Dense-then-mask with this library's gradients of depthwise convolutions, where these serve."""
+
+    def conv3d(self, x, weight, bias, stride, groups):
+        """As the parent."""
+        if self.hidden != "zero" or stride != (1, 1, 1) or not has_fast_gradients(x, weight, groups):
+            return super().conv3d(x, weight, bias, stride, groups)
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2, weight.shape[4] // 2)
+        mask = self._mask_of(x)
+        return depthwise_conv3d(x * mask, weight, bias, padding) * mask
 
 
 class ContiguousMaskLayout(DenseMaskLayout):
@@ -72,7 +85,7 @@ def official_like(model: HySparK) -> HySparK:
 
 def dense_then_mask(model: HySparK) -> HySparK:
     """A copy of a model with the same weights that computes densely and multiplies by the mask, with everything else
-    (memory format, norms, merged convolutions) as good as the model's own."""
+    (memory format, norms, merged convolutions, gradients) as good as the model's own."""
     reference = copy.deepcopy(model)
-    reference.layout = DenseMaskLayout
+    reference.layout = FastMaskLayout
     return reference

@@ -31,8 +31,10 @@ VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {
     "official-like": official_like,
 }
 
-GPU_VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {"triton": lambda model: model}
-"""The block path by other backends, where these run."""
+GPU_BACKENDS = ("triton",)
+"""Variants that are the block path by another backend, where that runs."""
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,16 @@ def variants(request: Request) -> list[str]:
     """What can be compared on the request's device."""
     device = torch.device(request.device)
     usable = choose_backend("triton", device, print) is not submanifold_conv3d if device.type == "cuda" else False
-    return [*VARIANTS, *(GPU_VARIANTS if usable else ())]
+    return [*VARIANTS, *(GPU_BACKENDS if usable else ())]
 
 
 def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.Tensor]:
     """Network, image ``(B, C, D, H, W)`` and mask of a request, the same for every variant."""
     torch.manual_seed(0)
     model = build_hyspark(request.channels, request.arch_kwargs, request.pretraining)
-    backend = variant if variant in GPU_VARIANTS else "auto"
+    backend = variant if variant in GPU_BACKENDS else "auto"
     model.compute_with(choose_backend(backend, torch.device(request.device), print))
-    model = (VARIANTS | GPU_VARIANTS)[variant](model).to(request.device)
+    model = VARIANTS["blocks" if backend == variant else variant](model).to(request.device)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
     visible = model.draw_mask(request.batch, request.size, request.mask_ratio, generator).to(request.device)
@@ -103,7 +105,7 @@ def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.
 
 def autocast(request: Request) -> Any:
     """The precision's context."""
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[request.precision]
+    dtype = PRECISIONS[request.precision]
     return torch.autocast(request.device, dtype=dtype, enabled=dtype != torch.float32)
 
 

@@ -17,13 +17,14 @@ from ..geometry import as_size3, volume
 from ..masking import count_visible
 from ..pretext.hyspark import reconstruction_loss
 from ..transfer.description import package_versions
+from .convolutions import measure_convolutions
 from .loading import measure_loading, write_cases
 from .memory import peak_gb
 from .operations import counted_gb, forward_gmac
-from .request import GPU_VARIANTS, Request, autocast, build, encoder_run, make_encoder, make_step, variants
+from .request import GPU_BACKENDS, Request, autocast, build, encoder_run, make_encoder, make_step, variants
 from .segmentation import networks, parameters, segmentation_loss
 from .sweep import sweep
-from .tables import loading_table, summary, sweep_table, table
+from .tables import convolutions_table, loading_table, summary, sweep_table, table
 from .timing import ceilings, interleave
 
 
@@ -83,7 +84,8 @@ def measure(
 
     Args:
         request: network, sizes, precision, device.
-        what: any of ``encoder``, ``step``, ``memory``, ``ratios``, ``sweep``, ``segmentation``, ``loading``.
+        what: any of ``encoder``, ``step``, ``memory``, ``ratios``, ``sweep``, ``convolutions``, ``segmentation``,
+            ``loading``.
         ratios: mask ratios of ``ratios``.
         points: of ``sweep``; see :func:`nnunetv2_hyspark.benchmark.sweep.sweep_points`.
         log: takes a line.
@@ -127,6 +129,9 @@ def measure(
     if "sweep" in what:
         results["sweep"] = sweep(points, top)
         log(sweep_table(results["sweep"]))
+    if "convolutions" in what:
+        results["convolutions"] = measure_convolutions(request)
+        log(convolutions_table(results["convolutions"]))
     if "segmentation" in what:
         for name, training in (("finetuning_step", True), ("prediction", False)):
             results[name] = segmentation(request, training, top)
@@ -140,7 +145,7 @@ def measure(
 def _counted(variant: str) -> str:
     """The variant whose operations are counted for this one: other backends do the same with operators of their own,
     which PyTorch's counter does not know."""
-    return "blocks" if variant in GPU_VARIANTS else variant
+    return "blocks" if variant in GPU_BACKENDS else variant
 
 
 def encoder(request: Request, backward: bool, top: Mapping[str, float]) -> dict[str, Any]:

@@ -80,6 +80,22 @@ def sweep_table(points: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def convolutions_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of :func:`nnunetv2_hyspark.benchmark.convolutions.measure_convolutions`."""
+    lines = [
+        "single convolutions of the encoder, forward, and forward and backward:",
+        f"  {'stage':<6}{'kind':<10}{'on':<12}{'shape':<22}{'by':<14}{'ms':>9}{'x torch':>9}{'ms':>9}{'x torch':>9}",
+    ]
+    for row in rows:
+        for way, forward in row["forward"].items():
+            both = row["forward_backward"][way]
+            lines.append(
+                f"  {row['stage']:<6}{row['kind']:<10}{row['where']:<12}{'x'.join(map(str, row['shape'])):<22}{way:<14}"
+                + "".join(f"{1000 * t['median_s']:>9.2f}{t['ratio_to_torch']:>9.2f}" for t in (forward, both))
+            )
+    return "\n".join(lines)
+
+
 def loading_table(figures: Mapping[str, Any]) -> str:
     """Lines of loading."""
     lines = [f"loading, {figures['processors']} processors:", f"  {'workers':<9}{'crops/s':>9}{'waiting':>9}"]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-WHAT = ("encoder", "step", "memory", "ratios", "sweep", "segmentation", "loading")
+WHAT = ("encoder", "step", "memory", "ratios", "sweep", "convolutions", "segmentation", "loading")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

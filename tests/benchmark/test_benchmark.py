@@ -74,8 +74,11 @@ def test_the_budget_ends_the_rounds_and_one_is_always_counted():
 def test_command_writes_json_and_answers_mistakes(tmp_path, capsys):
     file = tmp_path / "figures.json"
     small = ["--size", "32", "32", "32", "--base-width", "8", "--device", "cpu", "--repeats", "1"]
-    assert main(["benchmark", "--what", "step", "ratios", "--ratios", "0.5", *small, "--json", str(file)]) == 0
+    what = ["step", "ratios", "convolutions"]
+    assert main(["benchmark", "--what", *what, "--ratios", "0.5", *small, "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
+    assert figures["convolutions"][1]["forward_backward"]["torch"]["ratio_to_torch"] == 1.0
+    assert "2x8x16x16x16" in capsys.readouterr().out
     assert set(figures["step"]) == set(VARIANTS) and "0.5" in figures["by_mask_ratio"]
     assert figures["step"]["blocks"]["ratio_to_blocks"] == 1.0
     assert main(["benchmark", "--what", "step", *small, "--size", "33", "32", "32"]) == 2

@@ -45,6 +45,11 @@ def everything() -> dict:
             {"size": [64, 64, 64], "batch": 9, "out_of_memory": True},
         ],
         "finetuning_step": {"HySparKUNet": network}, "prediction": {"HySparKUNet": network},
+        "convolutions": [{
+            "stage": 0, "kind": "full", "where": "blocks", "shape": [5, 8, 2, 2, 2], "outputs": 16, "kernel": [3, 3, 3],
+            **{name: {way: {"median_s": 0.1, "ratio_to_torch": 1.0} for way in ("torch", "gathered")}
+               for name in ("forward", "forward_backward")},
+        }],
         "loading": {"processors": 2, "case_voxels": [64, 64, 64], "step_seconds": 0.01,
                     "by_workers": {"0": {"crops_per_second": 9.0, "waiting_share": 0.5}}},
     }
@@ -88,5 +93,6 @@ def test_the_page_shows_tables_and_plots(tmp_path, monkeypatch):
     assert "| blocks | 1.25 | 1.00 | 1.50 | 1.00 |  |  |  |  |" in page
     assert "| 32x32x32 | 1 | 1.25 | 3.50 | 2.83 | 1.25 | 3.50 | 2.83 |" in page
     assert "| 64x64x64 | 9 | out of memory |" in page
+    assert "| 0 | full | blocks | 5x8x2x2x2 | 3x3x3 | gathered | 100.00 | 1.00 | 100.00 | 1.00 |" in page
     for line in page.splitlines():
         assert not line.startswith("|") or line.endswith("|")

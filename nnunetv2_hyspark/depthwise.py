@@ -26,13 +26,13 @@ def has_fast_gradients(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bo
         groups: of the convolution.
     """
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first, because compilers cannot look into the rest
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and groups == x.shape[1] == weight.shape[0]
         and groups > 1
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -108,7 +108,7 @@ def _optimized(network: torch.nn.Module, loss: Callable[[], torch.Tensor], devic
     if device.type != "cuda":  # the counting alone: forward and backward
         return lambda: loss().backward()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    scaler = torch.amp.GradScaler("cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=1.0)  # or the first steps overflow and leave AdamW's moments out
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -122,12 +122,18 @@ def _optimized(network: torch.nn.Module, loss: Callable[[], torch.Tensor], devic
 
 
 def cuda_peak(step: Callable[[], None]) -> int:
-    """Largest sum of allocated bytes over three steps; the first ones try out convolution algorithms."""
+    """Largest sum of allocated bytes in a step.
+
+    The steps before it try convolution algorithms, with the largest workspaces that fit on this card: on a card of the
+    planned size they are smaller, so they are left out.
+    """
     torch.backends.cudnn.benchmark = True
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
-        step()
+    step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
 

@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from nnunetv2_hyspark import _startup
 from nnunetv2_hyspark.cli.main import main
+from nnunetv2_hyspark.precision import exact_float32
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -21,6 +22,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _startup.install()  # so that tests also run from a checkout that is not installed
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """What is compared on a GPU is the algorithm, not cuDNN's rounding."""
+    with exact_float32():
+        yield
 
 
 @pytest.fixture

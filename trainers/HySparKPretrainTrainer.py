@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,14 @@ class HySparKPretrainTrainer(ResumableTrainer):
         self.print_to_log_file(report.table(), add_timestamp=False)
         self.write_load_report(report)
 
+    def _do_i_compile(self) -> bool:
+        """As nnU-Net, but only where ``nnUNet_compile`` asks for it.
+
+        The compiler turns writes into parts of a map, of which up-sampling and projection consist, into copies of the
+        whole map, and takes minutes for them.
+        """
+        return "nnUNet_compile" in os.environ and super()._do_i_compile()
+
     @staticmethod
     def complete_settings(settings: Settings, arch_kwargs: Mapping[str, Any]) -> Settings:
         """The settings with the reconstruction decoder's width as a number."""
@@ -220,6 +229,9 @@ class HySparKPretrainTrainer(ResumableTrainer):
         """nnU-Net's; prepares previews and probe, and says what is masked."""
         super().on_train_start()
         options, encoder = self.options, self.model.encoder
+        if options.mask_ratio_low:
+            # the number of blocks changes from step to step, and cuDNN would try its algorithms for every number
+            torch.backends.cudnn.benchmark = False
         _, held_out = self.do_split()
         shown = spread_evenly(held_out, options.preview_cases)[self.rank :: self.world_size]
         self.previews = Previews(
@@ -343,7 +355,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
         that nnU-Net's own ``-pretrained_weights``, which wants every key of a network, accepts the file."""
         weights = dict(super().checkpoint_weights())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, for good
             segmentation = get_network_from_plans(
                 self.configuration_manager.network_arch_class_name,
                 self.configuration_manager.network_arch_init_kwargs,

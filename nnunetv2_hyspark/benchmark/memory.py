@@ -31,9 +31,9 @@ def peak_gb(make_step: Callable[[], Callable[[], object]], device: torch.device)
     """
     if device.type == "cuda":
         step = make_step()
-        step()
-        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        step()  # tries algorithms, with workspaces that no later step has
+        torch.cuda.reset_peak_memory_stats(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e9
     if not os.path.exists("/proc/self/status"):

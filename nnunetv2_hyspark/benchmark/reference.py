@@ -27,6 +27,14 @@ class FastMaskLayout(DenseMaskLayout):
         return depthwise_conv3d(x * mask, weight, bias, padding) * mask
 
 
+class ChannelsLastMaskLayout(FastMaskLayout):
+    """Dense-then-mask in channels-last memory on every device."""
+
+    def conv3d(self, x, weight, bias, stride, groups):
+        """As the parent, in channels-last memory."""
+        return super().conv3d(x.contiguous(memory_format=torch.channels_last_3d), weight, bias, stride, groups)
+
+
 class ContiguousMaskLayout(DenseMaskLayout):
     """Dense-then-mask in contiguous memory."""
 
@@ -86,6 +94,15 @@ def official_like(model: HySparK) -> HySparK:
 def dense_then_mask(model: HySparK) -> HySparK:
     """A copy of a model with the same weights that computes densely and multiplies by the mask, with everything else
     (memory format, norms, merged convolutions, gradients) as good as the model's own."""
+    return _laid_out(model, FastMaskLayout)
+
+
+def dense_channels_last(model: HySparK) -> HySparK:
+    """As :func:`dense_then_mask`, in channels-last memory also where PyTorch's depthwise kernels want another."""
+    return _laid_out(model, ChannelsLastMaskLayout)
+
+
+def _laid_out(model: HySparK, layout: type[DenseMaskLayout]) -> HySparK:
     reference = copy.deepcopy(model)
-    reference.layout = FastMaskLayout
+    reference.layout = layout
     return reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,11 @@ from ..masking import count_visible
 from ..networks.topology import PAPER_STRIDES, ArchitectureConfig, derive_arch_kwargs
 from ..pretext.build import build_hyspark
 from ..pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
-from ..sparse.backends import choose_backend
+from ..sparse.backends import Convolution, choose_backend
 from ..sparse.convolution import submanifold_conv3d
 from ..training.parameters import decay_groups
 from .plan import PlannedNetwork
-from .reference import dense_then_mask, official_like
+from .reference import dense_channels_last, dense_then_mask, official_like
 
 STEPS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -30,6 +31,9 @@ VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {
     "dense": dense_then_mask,
     "official-like": official_like,
 }
+
+GPU_REFERENCES: dict[str, Callable[[HySparK], HySparK]] = {"dense, channels-last": dense_channels_last}
+"""References for GPUs alone: on CPUs ``dense`` is in channels-last memory anyway."""
 
 GPU_BACKENDS = ("triton",)
 """Variants that are the block path by another backend, where that runs."""
@@ -85,9 +89,16 @@ class Request:
 
 def variants(request: Request) -> list[str]:
     """What can be compared on the request's device."""
-    device = torch.device(request.device)
-    usable = choose_backend("triton", device, print) is not submanifold_conv3d if device.type == "cuda" else False
-    return [*VARIANTS, *(GPU_BACKENDS if usable else ())]
+    if request.device != "cuda":
+        return list(VARIANTS)
+    usable = [name for name in GPU_BACKENDS if backend_on(name, request.device) is not submanifold_conv3d]
+    return [*VARIANTS, *GPU_REFERENCES, *usable]
+
+
+@functools.cache
+def backend_on(name: str, device: str) -> Convolution:
+    """A backend, compared with the reference on the device once."""
+    return choose_backend(name, torch.device(device), print)
 
 
 def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.Tensor]:
@@ -95,8 +106,8 @@ def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.
     torch.manual_seed(0)
     model = build_hyspark(request.channels, request.arch_kwargs, request.pretraining)
     backend = variant if variant in GPU_BACKENDS else "auto"
-    model.compute_with(choose_backend(backend, torch.device(request.device), print))
-    model = VARIANTS["blocks" if backend == variant else variant](model).to(request.device)
+    model.compute_with(backend_on(backend, request.device))
+    model = (VARIANTS | GPU_REFERENCES)["blocks" if backend == variant else variant](model).to(request.device)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
     visible = model.draw_mask(request.batch, request.size, request.mask_ratio, generator).to(request.device)
@@ -110,9 +121,10 @@ def autocast(request: Request) -> Any:
 
 
 def make_step(request: Request, variant: str) -> Callable[[], float]:
-    """A whole training step: zero_grad, forward, loss, backward, AdamW."""
+    """A whole training step as the trainer does it: forward, loss, backward, scaling for fp16, clipping, AdamW."""
     model, image, visible = build(request, variant)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=1e-4)
+    scaler = torch.amp.GradScaler(request.device, enabled=request.precision == "fp16")
     network = torch.compile(model) if request.compile else model
 
     def step() -> float:
@@ -120,11 +132,20 @@ def make_step(request: Request, variant: str) -> Callable[[], float]:
         with autocast(request):
             reconstruction = network(image, visible)
         loss = reconstruction_loss(image, reconstruction, visible)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), request.pretraining.gradient_clip)
+        scaler.step(optimizer)
+        scaler.update()
         return loss.item()
 
     return step
+
+
+def forget_compiled() -> None:
+    """To be called before networks are compiled: PyTorch counts how often the same code is compiled, whatever the
+    network, and soon runs it uncompiled without a word."""
+    torch.compiler.reset()
 
 
 def make_encoder(request: Request, variant: str, backward: bool) -> Callable[[], object]:

@@ -15,13 +15,25 @@ import torch
 
 from ..geometry import as_size3, volume
 from ..masking import count_visible
+from ..precision import exact_float32
 from ..pretext.hyspark import reconstruction_loss
 from ..transfer.description import package_versions
 from .convolutions import measure_convolutions
 from .loading import measure_loading, write_cases
 from .memory import peak_gb
 from .operations import counted_gb, forward_gmac
-from .request import GPU_BACKENDS, Request, autocast, build, encoder_run, make_encoder, make_step, variants
+from .request import (
+    GPU_BACKENDS,
+    PRECISIONS,
+    Request,
+    autocast,
+    build,
+    encoder_run,
+    forget_compiled,
+    make_encoder,
+    make_step,
+    variants,
+)
 from .segmentation import networks, parameters, segmentation_loss
 from .sweep import sweep
 from .tables import convolutions_table, loading_table, summary, sweep_table, table
@@ -39,16 +51,8 @@ def check_agreement(request: Request) -> dict[str, dict[str, float]]:
     """
     losses, gradients = {}, {}
     for variant in variants(request):
-        model, image, visible = build(request, variant)
-        with torch.no_grad(), autocast(request):
-            losses[variant] = reconstruction_loss(image, model(image, visible), visible).item()
-        with autocast(request):
-            layout = model.lay_out(visible)
-            features = [layout.scatter(feature) for feature in model.encode(image, layout)]
-        total = torch.stack([feature.float().square().mean() for feature in features]).sum()
-        of_encoder = torch.autograd.grad(total, list(model.encoder.parameters()))
-        gradients[variant] = torch.cat([gradient.flatten() for gradient in of_encoder]).cpu()
-        del model, layout, features, total
+        with exact_float32():
+            losses[variant], gradients[variant] = _loss_and_gradients(request, variant)
     limits = {"loss": 1e-4, "gradients": 1e-4} if request.precision == "float32" else {"loss": 2e-2, "gradients": 0.1}
     reference = gradients["blocks"]
     differences = {
@@ -63,6 +67,20 @@ def check_agreement(request: Request) -> dict[str, dict[str, float]]:
                 f"would not compare."
             )
     return differences
+
+
+def _loss_and_gradients(request: Request, variant: str) -> tuple[float, torch.Tensor]:
+    model, image, visible = build(request, variant)
+    with torch.no_grad(), autocast(request):
+        loss = reconstruction_loss(image, model(image, visible), visible).item()
+    with autocast(request):
+        layout = model.lay_out(visible)
+        features = [layout.scatter(feature) for feature in model.encode(image, layout)]
+    total = torch.stack([feature.float().square().mean() for feature in features]).sum()
+    # the gradients of a mean over so many voxels are below what float16 can hold
+    scale = 2.0**16 if request.precision == "fp16" else 1.0
+    of_encoder = torch.autograd.grad(scale * total, list(model.encoder.parameters()))
+    return loss, torch.cat([gradient.flatten() for gradient in of_encoder]).cpu() / scale
 
 
 def check(request: Request, what: Sequence[str], ratios: Sequence[float], points: Sequence[Request]) -> None:
@@ -98,7 +116,7 @@ def measure(
     """
     check(request, what, ratios, points)
     device = torch.device(request.device)
-    top = ceilings(device)
+    top = ceilings(device, PRECISIONS[request.precision])
     results: dict[str, Any] = {
         "request": asdict(request),
         "machine": {
@@ -159,6 +177,7 @@ def encoder(request: Request, backward: bool, top: Mapping[str, float]) -> dict[
 
 def training_step(request: Request, top: Mapping[str, float]) -> dict[str, Any]:
     """The variants' whole steps. Operations and bytes are counted as they run without ``torch.compile``."""
+    forget_compiled()
     runs = {v: make_step(request, v) for v in variants(request)}
     timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))
     names = list(runs)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..geometry import Size3
-from .request import Request, make_encoder, make_step
+from .request import Request, forget_compiled, make_encoder, make_step
 from .tables import summary
 from .timing import interleave
 
@@ -50,5 +50,6 @@ def sweep(points: Sequence[Request], ceilings: Mapping[str, float]) -> list[dict
 def _time(
     point: Request, make: Callable[[Request, str], Callable[[], object]], ceilings: Mapping[str, float]
 ) -> dict[str, Any]:
+    forget_compiled()
     runs = {variant: make(point, variant) for variant in COMPARED}
     return summary(interleave(runs, point.repeats, point.budget, torch.device(point.device)), ceilings)

@@ -43,7 +43,8 @@ def interleave(
         raise ValueError(f"there are {len(variants)} variants and {repeats} repeats; expected at least one of each.")
     names = list(variants)
     start = perf_counter()
-    for name in names:
+    # on a GPU the first call compiles kernels and tries algorithms, and the second sorts out memory
+    for name in names * (2 if device.type == "cuda" else 1):
         variants[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(repeats):
@@ -64,13 +65,34 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ceilings(device: torch.device, size: int = 2048) -> dict[str, float]:
-    """This machine's matrix multiplication in GFLOP/s and copy in GB/s (bytes read plus written), float32."""
-    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    source = torch.randn(2**25, device=device)
+def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """This machine's matrix multiplication in GFLOP/s and copy in GB/s (bytes read plus written).
+
+    On a GPU the multiplication is in the given precision, float32 with TF32 as convolutions are by default, and larger
+    and repeated, so that its start does not count.
+    """
+    on_gpu = device.type == "cuda"
+    size, calls = (8192, 20) if on_gpu else (2048, 1)
+    kind = dtype if on_gpu else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    source = torch.randn(2**28 if on_gpu else 2**25, device=device)
     target = torch.empty_like(source)
-    timings = interleave({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, 5, 30, device).medians()
+
+    def multiply() -> None:
+        for _ in range(calls):
+            torch.mm(a, b)
+
+    def copy() -> None:
+        for _ in range(calls):
+            target.copy_(source)
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on_gpu
+    try:
+        timings = interleave({"matmul": multiply, "copy": copy}, 5, 30, device).medians()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     return {
-        "matmul_gflops": 2 * size**3 / timings["matmul"] / 1e9,
-        "copy_gbs": 2 * source.numel() * 4 / timings["copy"] / 1e9,
+        "matmul_gflops": calls * 2 * size**3 / timings["matmul"] / 1e9,
+        "copy_gbs": calls * 2 * source.numel() * 4 / timings["copy"] / 1e9,
     }

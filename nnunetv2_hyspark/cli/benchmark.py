@@ -88,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
+    torch.backends.cudnn.benchmark = device == "cuda"  # as nnU-Net trains
     planned = read_plan(options.plans, options.configuration or "3d_fullres") if options.plans else None
     given: dict[str, Any] = {
         "size": as_size3(options.size, "--size") if options.size else None,

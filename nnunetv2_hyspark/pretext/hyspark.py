@@ -182,11 +182,12 @@ def reconstruction_loss(image: torch.Tensor, reconstruction: torch.Tensor, visib
         cells.
     """
     cell = divide(as_size3(image.shape[2:]), as_size3(visible.shape[1:]), "image of size")
-    masked = ~visible
-    target = patchify(_at_least_float32(image), cell)[masked]
+    target = patchify(_at_least_float32(image), cell)
     mean, std = cell_statistics(target)
-    prediction = patchify(_at_least_float32(reconstruction), cell)[masked]
-    return (prediction - (target - mean) / std).square().mean(-1).mean()
+    prediction = patchify(_at_least_float32(reconstruction), cell)
+    # all cells, since a GPU has to be waited for where hidden ones are picked out
+    difference = (prediction - (target - mean) / std).masked_fill(visible[..., None, None], 0)
+    return difference.square().mean((-2, -1)).sum() / (~visible).sum()
 
 
 def denormalise(image: torch.Tensor, reconstruction: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -254,6 +255,10 @@ class HySparK(nn.Module):
         """The layout of a mask ``(B, g0, g1, g2)``, with whatever depends on the mask alone made."""
         layout = self.layout(visible, self.hidden_neighbours)
         layout.prepare(self.kernels)
+        if isinstance(layout, BlockLayout):
+            for table in layout.of_varying_length():
+                # or a compiler takes the first mask's lengths for constants and compiles twice
+                torch._dynamo.maybe_mark_dynamic(table, 0)
         return layout
 
     def forward(self, image: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

@@ -59,9 +59,9 @@ def correct_border(canvas: torch.Tensor, response: torch.Tensor) -> None:
         canvas: ``(B, O, D, H, W)``.
         response: see :func:`border_response`.
     """
-    inside = inside_of(response)
+    difference = response - inside_of(response)[:, None, None, None]
     for entry, layer in _layers(as_size3(canvas.shape[2:]), as_size3(response.shape[1:])):
-        canvas[layer] += (response[entry] - inside).view(1, -1, 1, 1, 1)
+        canvas[layer] += difference[entry].view(1, -1, 1, 1, 1)
 
 
 def response_gradient(grad: torch.Tensor, total: torch.Tensor, entries: Size3) -> torch.Tensor:

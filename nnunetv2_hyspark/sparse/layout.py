@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -108,6 +108,15 @@ class BlockLayout:
         if reach not in self._rims:
             self._rims[reach] = rims(self.cells, self.grid, reach)
         return self._rims[reach]
+
+    def of_varying_length(self) -> Iterator[torch.Tensor]:
+        """The tables made so far whose length depends on where the visible cells lie."""
+        for table in self._tables.values():
+            yield table.empty
+        for placement in self._rims.values():
+            for _, inside, places in placement.parts:
+                yield inside
+                yield places
 
     def prepare(self, kernels: Iterable[tuple[Size3, Size3]]) -> None:
         """Makes the index tables for blocks of these shapes and kernels of these sizes.

@@ -55,14 +55,14 @@ class Rims:
 
 def rims(cells: torch.Tensor, grid: Size3, reach: Size3) -> Rims:
     """Places the blocks at ``cells`` ``(n, 4)``, grown by ``reach`` voxels per side."""
-    limits = torch.tensor(grid, device=cells.device)
-    parts: list[tuple[Size3, torch.Tensor, torch.Tensor]] = []
     steps = [(-1, 0, 1) if r else (0,) for r in reach]
-    for direction in product(steps[0], steps[1], steps[2]):
-        places = cells + torch.tensor((0, *direction), device=cells.device)
-        inside = ((places[:, 1:] >= 0) & (places[:, 1:] < limits)).all(1).nonzero().squeeze(1)
-        parts.append((direction, inside, places[inside]))
-    return Rims(tuple(parts))
+    directions: list[Size3] = list(product(steps[0], steps[1], steps[2]))
+    # all directions at once, since a GPU has to be waited for wherever a size depends on the mask
+    places = cells + torch.tensor([(0, *direction) for direction in directions], device=cells.device)[:, None]
+    inside = ((places[..., 1:] >= 0) & (places[..., 1:] < torch.tensor(grid, device=cells.device))).all(-1)
+    which, block = inside.nonzero().unbind(1)
+    counts = inside.sum(1).tolist()
+    return Rims(tuple(zip(directions, block.split(counts), places[which, block].split(counts))))
 
 
 def add_grown_blocks(canvas: torch.Tensor, grown: torch.Tensor, placement: Rims) -> None:

@@ -44,8 +44,9 @@ def _convolve(
     in_rows, in_channels = row < rows, channel < channels
     start = _padded_row(row, s0, s1, s2, K0, K1, K2)
     total = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
-    for a in tl.static_range(K0):
-        for b in tl.static_range(K1):
+    # unrolled along one axis only: all taps at once take so many registers that few programs run side by side
+    for a in range(K0):
+        for b in range(K1):
             for c in tl.static_range(K2):
                 place = start + (a * (s1 + K1 - 1) + b) * (s2 + K2 - 1) + c
                 source = tl.load(neighbours + place, mask=in_rows, other=-1)
@@ -71,7 +72,7 @@ def _sum_weight(
     b = (tap // K2) % K1
     a = tap // (K2 * K1)
     offset = (a * (s1 + K1 - 1) + b) * (s2 + K2 - 1) + c
-    total = tl.zeros([CHANNELS], dtype=tl.float32)
+    total = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
     first = split * rows_per_split
     for begin in range(first, first + rows_per_split, ROWS):
         row = begin + tl.arange(0, ROWS)
@@ -82,8 +83,8 @@ def _sum_weight(
         values = tl.load(x + source.to(tl.int64)[:, None] * channels + channel[None, :], mask=reads, other=0.0)
         wanted = in_rows[:, None] & in_channels[None, :]
         grads = tl.load(grad + row.to(tl.int64)[:, None] * channels + channel[None, :], mask=wanted, other=0.0)
-        total += tl.sum(values.to(tl.float32) * grads.to(tl.float32), axis=0)
-    tl.store(partial + (split * tap_count + tap) * channels + channel, total, mask=in_channels)
+        total += values.to(tl.float32) * grads.to(tl.float32)
+    tl.store(partial + (split * tap_count + tap) * channels + channel, tl.sum(total, axis=0), mask=in_channels)
 
 
 def _rows(blocks: torch.Tensor) -> torch.Tensor:
@@ -114,10 +115,11 @@ def _depthwise_rows(rows, taps, bias, neighbours, block, kernel):
     out = torch.empty_like(rows)
     count, channels = rows.shape
     width = _channels_at_once(channels)
-    _convolve[(triton.cdiv(count, ROWS), triton.cdiv(channels, width))](
-        rows, taps, taps if bias is None else bias, neighbours, out, count, channels, *block, *kernel,
-        HAS_BIAS=bias is not None, ROWS=ROWS, CHANNELS=width,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        _convolve[(triton.cdiv(count, ROWS), triton.cdiv(channels, width))](
+            rows, taps, taps if bias is None else bias, neighbours, out, count, channels, *block, *kernel,
+            HAS_BIAS=bias is not None, ROWS=ROWS, CHANNELS=width,
+        )  # fmt: skip
     return out
 
 
@@ -138,10 +140,11 @@ def _taps_gradient(rows, grad, neighbours, block, kernel):
     per_split = triton.cdiv(triton.cdiv(count, ROWS), SPLITS) * ROWS
     splits = triton.cdiv(count, per_split)
     partial = torch.empty(splits, tap_count, channels, dtype=torch.float32, device=rows.device)
-    _sum_weight[(splits, tap_count, triton.cdiv(channels, width))](
-        rows, grad, neighbours, partial, count, channels, *block, tap_count, per_split, *kernel,
-        ROWS=ROWS, CHANNELS=width,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):
+        _sum_weight[(splits, tap_count, triton.cdiv(channels, width))](
+            rows, grad, neighbours, partial, count, channels, *block, tap_count, per_split, *kernel,
+            ROWS=ROWS, CHANNELS=width,
+        )  # fmt: skip
     return partial.sum(0)
 
 

@@ -25,7 +25,7 @@ def test_points_are_all_pairs_and_share_the_seconds():
 
 
 def test_command_sweeps_sizes_and_batches(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nnunetv2_hyspark.benchmark.run.ceilings", lambda _: CEILINGS)
+    monkeypatch.setattr("nnunetv2_hyspark.benchmark.run.ceilings", lambda *_: CEILINGS)
     file, plot = tmp_path / "new" / "figures.json", tmp_path / "figures.png"
     assert main([*SMALL, "--sizes", "32", "--batches", "1", "2", "--json", str(file), "--plot", str(plot)]) == 0
     rows = json.loads(file.read_text())["sweep"]

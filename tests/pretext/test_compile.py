@@ -20,7 +20,9 @@ def make_model(cnn: str, hidden_neighbours: str) -> HySparK:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16], ids=["float64", "autocast"])
+@pytest.mark.parametrize(
+    "precision", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "autocast"]
+)
 @pytest.mark.parametrize(
     ("cnn", "hidden_neighbours"), [("mednext", "zero"), ("mednext", "nearest"), ("residual", "zero")]
 )
@@ -30,7 +32,9 @@ def test_compiled_equals_eager_with_one_graph_break(cnn: str, hidden_neighbours:
     counters.clear()
     model = make_model(cnn, hidden_neighbours)
     if not mixed:
-        model = model.double()
+        model = model.to(precision)
+    # float32 takes other kernels where it is not compiled; ReLU inputs near zero may flip between them
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if precision == torch.float32 else {}
     compiled = torch.compile(model, backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
     size = [4 * s for s in model.encoder.junction_stride]
@@ -46,7 +50,7 @@ def test_compiled_equals_eager_with_one_graph_break(cnn: str, hidden_neighbours:
             gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
         torch.testing.assert_close(losses[1], losses[0])
         for got, want in zip(*gradients):
-            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(got, want, **tolerance)
     assert counters["stats"]["unique_graphs"] > 0
     reasons = dict(counters["graph_break"])
     assert len(reasons) <= 1 and all("disable" in reason for reason in reasons), reasons

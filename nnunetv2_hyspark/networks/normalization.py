@@ -45,6 +45,18 @@ def statistics(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor
         Two tensors ``(groups, C)``, float32 or better.
     """
     rows = _rows(x, groups)
+    return _statistics_in_parts(rows) if rows.device.type == "cpu" else _statistics_at_once(rows)
+
+
+def _statistics_at_once(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows ``(groups, n, C)``: one pass over memory, which is what bounds GPUs."""
+    variance, mean = torch.var_mean(rows, 1, correction=0)
+    return mean, variance
+
+
+def _statistics_in_parts(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in two passes, of which the second goes through parts that stay in the CPU's cache; PyTorch's own takes
+    longer there."""
     mean = rows.mean(1)
     shift = mean[:, None]
     squares = torch.stack([(part - shift).square_().sum(1) for part in rows.split(_parts(rows), 1)])

@@ -87,3 +87,12 @@ def test_running_statistics_forget_a_map_that_overflowed():
     assert torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()
     assert norm.running_mean[1] == before[0][1] and norm.running_var[1] == before[1][1]
     assert norm.running_mean[0] != before[0][0]
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 3), (2, 1000, 5), (3, 1, 2)])
+def test_the_ways_of_cpus_and_gpus_are_equal(shape):
+    rows = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    at_once, in_parts = normalization._statistics_at_once(rows), normalization._statistics_in_parts(rows)
+    for ours, theirs in zip(at_once, in_parts, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.shape == (shape[0], shape[2])

@@ -21,6 +21,9 @@ from ..transfer.rebuilding import reason_of
 # what values of the wrong kind make their readers raise
 _ODD = (AttributeError, IndexError, KeyError, RuntimeError, TypeError)
 
+LARGEST_DEPTH = 1000
+"""Blocks of an encoder, transformer blocks among them."""
+
 
 @dataclass(frozen=True)
 class PlannedNetwork:
@@ -99,11 +102,19 @@ def read_plan(file: Path, name: str) -> PlannedNetwork:
     except _ODD as error:
         raise _no_network(file, name, error) from None
     try:
+        _check_depth(planned.arch_kwargs)
         with torch.device("meta"):  # a description without sense shows here, before memory is asked for
             build_hyspark(planned.channels, planned.arch_kwargs, planned.pretraining)
     except (*_ODD, ArithmeticError, ValueError) as error:
         raise _no_network(file, name, error) from None
     return planned
+
+
+def _check_depth(arch_kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for more blocks than could be built in reasonable time, even without memory."""
+    number = sum(arch_kwargs["n_blocks_per_stage"]) + arch_kwargs["transformer_depth"]
+    if number > LARGEST_DEPTH:
+        raise ValueError(f"it names {number} blocks, at most {LARGEST_DEPTH} are expected")
 
 
 def _no_network(file: Path, name: str, error: Exception) -> ValueError:

@@ -138,6 +138,7 @@ def test_command_takes_a_plan_and_options_override_it(tmp_path, monkeypatch):
     (["--plans", "PLANS", "--size", "16", "20", "32"], "(16, 20, 32) is not divisible by (4, 8, 8)"),
     (["--plans", "odd.json"], "configuration 3d_fullres of odd.json does not describe a network ("),
     (["--plans", "odd.json", "--configuration", "3d_half"], "configuration 3d_half of odd.json does not describe a"),
+    (["--plans", "deep.json"], "does not describe a network (it names 1000000"),
     (["--configuration", "3d_fullres"], "--configuration 3d_fullres is given without a plans file"),
     (["--plans", "text.json"], "text.json is not JSON"),
     (["--plans", "list.json"], 'list.json has no "configurations"'),
@@ -153,6 +154,8 @@ def test_mistakes_are_answered_in_a_sentence(tmp_path, monkeypatch, capsys, argu
     odd["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["n_blocks_per_stage"] = [None] * 4
     odd["configurations"]["3d_half"]["batch_size"] = "all"
     Path("odd.json").write_text(json.dumps(odd))
+    odd["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["n_blocks_per_stage"] = [1, 10**9, 1, 1]
+    Path("deep.json").write_text(json.dumps(odd))
     words = [str(plans) if word == "PLANS" else word for word in arguments]
     assert main(["benchmark", "--what", "step", "--device", "cpu", *words]) == 2
     error = capsys.readouterr().err

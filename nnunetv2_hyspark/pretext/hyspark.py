@@ -43,9 +43,9 @@ class HySparKConfig:
     backend: str = field(
         default="auto",
         metadata={"choices": BACKENDS, "help": "who computes the encoder's sparse convolutions: torch; gathered: "
-                  "matrix products over pairs of visible voxels for small blocks; triton: depthwise ones on CUDA "
-                  "without copies of halos (not yet run on a GPU); auto: gathered on CPUs, else torch; compared with "
-                  "torch at the start"},
+                  "matrix products over pairs of visible voxels for small blocks, where nothing is autocast; triton: "
+                  "depthwise ones on CUDA without copies of halos (not yet run on a GPU); auto: gathered on CPUs, else "
+                  "torch; compared with torch at the start"},
     )
     decoder_width: int = field(
         default=0,

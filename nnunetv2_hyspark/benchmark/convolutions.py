@@ -14,11 +14,11 @@ from ..depthwise import depthwise_conv3d, has_fast_gradients
 from ..geometry import Size3, as_size3, cumulative_strides
 from ..masking import random_visible
 from ..sparse import BlockLayout
-from ..sparse.backends import Convolution, choose_backend
+from ..sparse.backends import Convolution
 from ..sparse.convolution import submanifold_conv3d
 from ..sparse.gathered import gathered_conv3d
 from ..sparse.halo import HaloTable
-from .request import PRECISIONS, Request
+from .request import PRECISIONS, Request, backend_on
 from .timing import interleave
 
 
@@ -97,7 +97,7 @@ def measure_convolutions(request: Request) -> list[dict[str, Any]]:
     layout = BlockLayout(visible)
     triton = None
     if device.type == "cuda":
-        chosen = choose_backend("triton", device, print)
+        chosen = backend_on("triton", request.device)
         triton = None if chosen is submanifold_conv3d else chosen
     rows = []
     for case in cases(request):

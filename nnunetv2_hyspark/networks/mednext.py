@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..geometry import Size3, as_size3
+from ..linear import Linear
 from ..sparse import SparseLayout
 from .convolution import Conv3d, max_pool3d
 
@@ -37,8 +38,8 @@ class MedNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = Conv3d(channels, channels, kernel_size, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.expand = nn.Linear(channels, expansion * channels)
-        self.compress = nn.Linear(expansion * channels, channels)
+        self.expand = Linear(channels, expansion * channels)
+        self.compress = Linear(expansion * channels, channels)
 
     def forward(self, x: torch.Tensor, layout: SparseLayout | None = None) -> torch.Tensor:
         """``(B, C, D, H, W)``, or the layout's own form, to the same shape."""

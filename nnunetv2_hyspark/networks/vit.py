@@ -7,6 +7,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from ..geometry import Size3
+from ..linear import use_linear
 
 
 def sincos_position_embedding(
@@ -69,6 +70,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=TokenLayerNorm) for _ in range(depth)
         )
+        use_linear(self.blocks)
         self.norm = TokenLayerNorm(width)
 
     def forward(

@@ -1,0 +1,56 @@
+"""Linear layers by oneDNN on CPUs.
+
+PyTorch's matrix product is MKL's there, which reaches half of oneDNN's speed on processors that are not Intel's: it
+does not use their AVX-512 units. A linear layer is a convolution with a kernel of one, and convolutions are oneDNN's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def convolution_serves(x: torch.Tensor) -> bool:
+    """Whether oneDNN takes a linear layer on ``x``: on CPUs, in float32 and bfloat16."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``torch.nn.functional.linear``.
+
+    Args:
+        x: ``(..., C)``.
+        weight: ``(O, C)``.
+        bias: ``(O,)`` or None.
+
+    Returns:
+        ``(..., O)``.
+    """
+    if not convolution_serves(x):
+        return F.linear(x, weight, bias)
+    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` by :func:`linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., C)`` to ``(..., O)``."""
+        return linear(x, self.weight, self.bias)
+
+
+def use_linear(network: nn.Module) -> None:
+    """Replaces the ``torch.nn.Linear`` inside a network of a library by :class:`Linear`; the parameters stay."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                replacement = Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
+                replacement.weight, replacement.bias = child.weight, child.bias
+                setattr(module, name, replacement)

@@ -31,13 +31,12 @@ Three ways to compute the same network with the same weights, run in turn in one
 
 `x blocks` is the median over rounds of the variant's time over the block path's in the same round. `GMAC` are
 multiply-adds of one forward pass, counted from the shapes that ran. `of peak` is that count, twice, and three times
-that with a backward pass, per second, over this machine's measured float32 matrix multiplication. `GB` are the bytes
-that the operations of all that was timed read and write, each counting its input and output tensors in full; caches are
-not modelled, so this is an upper bound of their traffic to main memory, without the work buffers inside an operation.
-`of copy` is that count per second over this machine's measured copy. Memory is the rise of the resident set (CPU)
-during one step in a fresh process, above weights and data. A share above 100 % says that the measured matrix
-multiplication was no ceiling for the convolutions (the two were not equally undisturbed), or that much of the counted
-traffic stayed in the caches.
+that with a backward pass, per second, over this machine's measured arithmetic: the faster of a float32 matrix
+multiplication and a 3x3x3 convolution of 128 channels. `GB` are the bytes that the operations of all that was timed
+read and write, each counting its input and output tensors in full; caches are not modelled, so this is an upper bound
+of their traffic to main memory, without the work buffers inside an operation. `of copy` is that count per second over
+this machine's measured copy; above 100 % much of it stayed in the caches. Memory is the rise of the resident set (CPU)
+during one step in a fresh process, above weights and data.
 
 What was never measured: anything on a GPU.
 """
@@ -51,7 +50,7 @@ def cell(row: dict[str, Any], key: str, form: str) -> str:
 def counted(row: dict[str, Any]) -> str:
     """The last cells of a row: counted operations and bytes, and their shares of the ceilings."""
     forms = {
-        "forward_gmac": ".1f", "share_of_matmul_ceiling": ".0%", "counted_gb": ".2f", "share_of_copy_ceiling": ".0%",
+        "forward_gmac": ".1f", "share_of_peak": ".0%", "counted_gb": ".2f", "share_of_copy_ceiling": ".0%",
     }
     return " | ".join(cell(row, key, form) for key, form in forms.items())
 
@@ -134,7 +133,7 @@ def section(figures: dict[str, Any], plot: str) -> list[str]:
         "",
         f"    {figures['command']}",
         "",
-        f"{machine['threads']} threads; matrix multiplication {top['matmul_gflops']:.0f} GFLOP/s, copy "
+        f"{machine['threads']} threads; arithmetic {top['peak_gflops']:.0f} GFLOP/s, copy "
         f"{top['copy_gbs']:.1f} GB/s; torch {figures['versions']['torch']}, Python {figures['versions']['python']}.",
         "",
         f"![What was measured]({plot})",

@@ -37,7 +37,7 @@ def summary(
         }
         if gmac is not None:
             row["forward_gmac"] = gmac[variant]
-            row["share_of_matmul_ceiling"] = 2 * passes * gmac[variant] / median / ceilings["matmul_gflops"]
+            row["share_of_peak"] = 2 * passes * gmac[variant] / median / ceilings["peak_gflops"]
         if gb is not None:
             row["counted_gb"] = gb[variant]
             row["share_of_copy_ceiling"] = gb[variant] / median / ceilings["copy_gbs"]
@@ -57,7 +57,7 @@ def table(title: str, rows: Mapping[str, Any]) -> str:
     for variant, row in rows.items():
         lines.append(
             f"  {variant:<15}{row['median_s']:>10.3f}{row['min_s']:>9.3f}{row['max_s']:>9.3f}{row[ratio]:>15.2f}"
-            f"{row['forward_gmac']:>9.1f}{row['share_of_matmul_ceiling']:>9.0%}{row['counted_gb']:>9.2f}"
+            f"{row['forward_gmac']:>9.1f}{row['share_of_peak']:>9.0%}{row['counted_gb']:>9.2f}"
             f"{row['share_of_copy_ceiling']:>9.0%}"
         )
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from nnunetv2_hyspark.cli.main import main
 from nnunetv2_hyspark.data.cases import foreground_voxels, image_shape, read_crop
 from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
 
-CEILINGS = {"matmul_gflops": 100.0, "copy_gbs": 10.0}
+CEILINGS = {"peak_gflops": 100.0, "copy_gbs": 10.0}
 TINY = Request(size=(32, 32, 32), base_width=8, batch=2, repeats=2)
 
 

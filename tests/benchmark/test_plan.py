@@ -117,7 +117,7 @@ def test_crops_of_several_channels_are_loaded(tmp_path, monkeypatch):
 
 
 def test_command_takes_a_plan_and_options_override_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("nnunetv2_hyspark.benchmark.run.ceilings", lambda *_: {"matmul_gflops": 50.0, "copy_gbs": 10.0})
+    monkeypatch.setattr("nnunetv2_hyspark.benchmark.run.ceilings", lambda *_: {"peak_gflops": 50.0, "copy_gbs": 10.0})
     file, plans = tmp_path / "figures.json", write_plans(tmp_path, True)
     arguments = ["benchmark", "--what", "encoder", "--plans", str(plans), "--repeats", "1", "--device", "cpu"]
     assert main([*arguments, "--size", "8", "16", "16", "--batch", "1", "--json", str(file)]) == 0

@@ -14,7 +14,7 @@ from nnunetv2_hyspark.benchmark.plot import save_plot
 from nnunetv2_hyspark.benchmark.tables import summary
 from nnunetv2_hyspark.benchmark.timing import Timings
 
-CEILINGS = {"matmul_gflops": 100.0, "copy_gbs": 10.0}
+CEILINGS = {"peak_gflops": 100.0, "copy_gbs": 10.0}
 TIMINGS = Timings({"blocks": [1.0, 1.5], "dense": [3.0, 4.0], "official-like": [4.0, 5.0]})
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_tables.py"
 HEAD = {
@@ -65,7 +65,7 @@ def test_shares_are_counts_over_time_over_ceilings():
     row = summary(TIMINGS, CEILINGS, {"blocks": 5.0, "dense": 1, "official-like": 1}, {
         "blocks": 2.0, "dense": 1, "official-like": 1}, passes=3)["blocks"]
     assert row["counted_gb"] == 2.0 and row["share_of_copy_ceiling"] == 2.0 / 1.25 / 10.0
-    assert row["share_of_matmul_ceiling"] == 2 * 3 * 5.0 / 1.25 / 100.0
+    assert row["share_of_peak"] == 2 * 3 * 5.0 / 1.25 / 100.0
 
 
 def test_has_a_panel_per_measurement(tmp_path):

@@ -13,7 +13,7 @@ from nnunetv2_hyspark.benchmark.sweep import sweep, sweep_points
 from nnunetv2_hyspark.benchmark.tables import sweep_table
 from nnunetv2_hyspark.cli.main import main
 
-CEILINGS = {"matmul_gflops": 100.0, "copy_gbs": 10.0}
+CEILINGS = {"peak_gflops": 100.0, "copy_gbs": 10.0}
 SMALL = ["benchmark", "--what", "sweep", "--size", "32", "32", "32", "--base-width", "8", "--device", "cpu",
          "--repeats", "1"]
 

@@ -48,7 +48,7 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         options = self.settings.finetuning
         report = load_pretrained_encoder(
             unwrap(self.network), filename, options.allow_partial, options.adapt_channels,
-            functools.partial(write_refusal, self),
+            functools.partial(write_refusal, self), options.load_decoder,
         )
         self.weights_were_loaded = True
         self.print_to_log_file(report.table(), add_timestamp=False)

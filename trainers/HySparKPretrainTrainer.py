@@ -351,8 +351,9 @@ class HySparKPretrainTrainer(ResumableTrainer):
             loader.close()
 
     def checkpoint_weights(self) -> dict[str, torch.Tensor]:
-        """The pre-training network's weights, and a freshly initialised segmentation decoder under ``decoder.``, so
-        that nnU-Net's own ``-pretrained_weights``, which wants every key of a network, accepts the file."""
+        """The pre-training network's weights, and a segmentation decoder under ``decoder.``, so that nnU-Net's own
+        ``-pretrained_weights``, which wants every key of a network, accepts the file. That decoder is freshly
+        initialised, or the trained one with fresh segmentation layers where ``decoder`` says so."""
         weights = dict(super().checkpoint_weights())
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, for good
@@ -365,6 +366,11 @@ class HySparKPretrainTrainer(ResumableTrainer):
             )
         fresh = segmentation.state_dict()
         weights.update({name: tensor for name, tensor in fresh.items() if name.startswith("decoder.")})
+        inside = "reconstruction."
+        weights.update({
+            name.removeprefix(inside): tensor for name, tensor in weights.items()
+            if name.startswith(f"{inside}decoder.")
+        })
         return weights
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

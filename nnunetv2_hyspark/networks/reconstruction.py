@@ -84,6 +84,14 @@ class UpBlock(nn.Module):
 SKIPS = ("concatenate", "add", "none")
 
 
+def mask_tokens(channels: Iterable[int]) -> nn.ParameterList:
+    """A fresh token ``(C,)`` per width: what hidden voxels of that scale hold."""
+    tokens = nn.ParameterList(nn.Parameter(torch.empty(c)) for c in channels)
+    for token in tokens:
+        nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+    return tokens
+
+
 class ReconstructionDecoder(nn.Module):
     """Fills masked cells with mask tokens, projects every scale, and decodes with skip connections.
 
@@ -127,11 +135,7 @@ class ReconstructionDecoder(nn.Module):
         kernels = [as_size3(kernel_sizes[scale], "kernel size") for scale in coarse_to_fine]
         channels = [feature_channels[scale] for scale in coarse_to_fine]
         self.n_fused = 1 if skips == "none" else n_scales if fuse_finest else n_scales - 1
-        self.mask_tokens = nn.ParameterList(
-            nn.Parameter(torch.empty(c)) for c in channels[: self.n_fused]
-        )
-        for token in self.mask_tokens:
-            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+        self.mask_tokens = mask_tokens(channels[: self.n_fused])
         self.projections = nn.ModuleList(
             Conv3d(c, w, (1, 1, 1) if step == 0 else kernel)
             for step, (c, w, kernel) in enumerate(zip(channels[: self.n_fused], widths, kernels))
@@ -170,3 +174,25 @@ class ReconstructionDecoder(nn.Module):
             elif step + 1 < self.n_fused:
                 x = x + projected[step + 1]
         return self.head(x)
+
+
+class TransferableDecoder(nn.Module):
+    """Fills masked cells with mask tokens and decodes with the segmentation network's own decoder, so that fine-tuning
+    can take over that decoder too. Not in the paper.
+
+    Args:
+        output_channels: image channels.
+        feature_channels: encoder widths, finest first.
+        decoder: turns dense features, finest first, into a map ``(B, width, D, H, W)``.
+        width: of that map.
+    """
+
+    def __init__(self, output_channels: int, feature_channels: Sequence[int], decoder: nn.Module, width: int):
+        super().__init__()
+        self.mask_tokens = mask_tokens(feature_channels)
+        self.decoder = decoder
+        self.head = Conv3d(width, output_channels, (1, 1, 1))
+
+    def forward(self, features: Sequence[torch.Tensor], layout: SparseLayout) -> torch.Tensor:
+        """As :meth:`ReconstructionDecoder.forward`."""
+        return self.head(self.decoder([layout.scatter(x, token) for x, token in zip(features, self.mask_tokens)]))

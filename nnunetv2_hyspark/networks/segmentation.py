@@ -23,7 +23,7 @@ class MedNeXtDecoder(nn.Module):
 
     Args:
         encoder: gives widths, strides and the order of features.
-        num_classes: output channels of every segmentation layer.
+        num_classes: output channels of every segmentation layer; 0: none, and the features before them are returned.
         widths: decoder width per skip scale, finest first.
         kernel_sizes: per-scale kernel sizes, finest first.
         n_blocks: MedNeXt blocks per scale.
@@ -53,7 +53,7 @@ class MedNeXtDecoder(nn.Module):
             self.up.append(nn.ConvTranspose3d(below, width, stride, stride))
             self.fuse.append(nn.Conv3d(width + encoder.feature_channels[scale], width, 1))
             self.stages.append(MedNeXtStage(width, kernel, n_blocks[scale], expansion))
-            self.seg_layers.append(nn.Conv3d(width, num_classes, 1))
+            self.seg_layers.append(nn.Conv3d(width, num_classes, 1) if num_classes else nn.Identity())
             below = width
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
@@ -63,8 +63,8 @@ class MedNeXtDecoder(nn.Module):
             features: dense encoder features, finest first.
 
         Returns:
-            Logits ``(B, num_classes, D, H, W)``, or with deep supervision a list of them, finest first, one per skip
-            scale.
+            Logits ``(B, num_classes, D, H, W)`` (features ``(B, widths[0], D, H, W)`` without classes), or with deep
+            supervision a list of them, finest first, one per skip scale.
         """
         x = features[-1]
         outputs = []

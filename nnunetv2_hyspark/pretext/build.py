@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..networks.reconstruction import ReconstructionDecoder
-from ..networks.segmentation import build_encoder
+from ..networks.reconstruction import ReconstructionDecoder, TransferableDecoder
+from ..networks.segmentation import MedNeXtDecoder, build_encoder
 from ..sparse import BlockLayout, SparseLayout
 from .hyspark import HySparK, HySparKConfig
 
@@ -36,12 +36,12 @@ def build_hyspark(
     config: HySparKConfig,
     layout: Callable[[torch.Tensor, str], SparseLayout] = BlockLayout,
 ) -> HySparK:
-    """The encoder of a segmentation network, with a reconstruction decoder.
+    """The encoder of a segmentation network, with a decoder that reconstructs.
 
     Args:
         input_channels: image channels.
         arch_kwargs: of :class:`nnunetv2_hyspark.networks.segmentation.HySparKUNet`.
-        config: width, fusion, norm and skip connections of the decoder, and how the encoder is masked.
+        config: kind, width, fusion, norm and skip connections of the decoder, and how the encoder is masked.
         layout: how masked input is computed.
 
     Raises:
@@ -59,14 +59,23 @@ def build_hyspark(
         arch_kwargs.get("mlp_ratio", 4.0),
         arch_kwargs.get("cnn", "mednext"),
     )
-    decoder = ReconstructionDecoder(
-        input_channels,
-        encoder.feature_channels,
-        encoder.strides,
-        arch_kwargs["kernel_sizes"],
-        with_decoder_width(config, arch_kwargs).decoder_width,
-        config.fuse_finest,
-        config.decoder_norm,
-        config.skips,
-    )
+    decoder: ReconstructionDecoder | TransferableDecoder
+    if config.decoder == "segmentation":
+        widths = arch_kwargs["features_per_stage"][:-1]
+        transferred = MedNeXtDecoder(
+            encoder, 0, widths, arch_kwargs["kernel_sizes"][:-1], arch_kwargs["n_blocks_per_stage_decoder"],
+            arch_kwargs.get("expansion_decoder", 4), deep_supervision=False,
+        )
+        decoder = TransferableDecoder(input_channels, encoder.feature_channels, transferred, widths[0])
+    else:
+        decoder = ReconstructionDecoder(
+            input_channels,
+            encoder.feature_channels,
+            encoder.strides,
+            arch_kwargs["kernel_sizes"],
+            with_decoder_width(config, arch_kwargs).decoder_width,
+            config.fuse_finest,
+            config.decoder_norm,
+            config.skips,
+        )
     return HySparK(encoder, decoder, layout, config.hidden_neighbours, config.bottom_up)

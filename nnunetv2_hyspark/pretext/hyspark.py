@@ -12,7 +12,7 @@ from torch import nn
 from ..geometry import Size3, as_size3, block_shapes, divide
 from ..masking import random_visible
 from ..networks.encoder import HybridEncoder
-from ..networks.reconstruction import SKIPS, ReconstructionDecoder
+from ..networks.reconstruction import SKIPS, ReconstructionDecoder, TransferableDecoder
 from ..sparse import BlockLayout, SparseLayout
 from ..sparse.backends import BACKENDS, Convolution
 
@@ -46,6 +46,12 @@ class HySparKConfig:
                   "matrix products over pairs of visible voxels for small blocks, where nothing is autocast; triton: "
                   "depthwise ones on CUDA without copies of halos (not yet run on a GPU); auto: gathered on CPUs, else "
                   "torch; compared with torch at the start"},
+    )
+    decoder: str = field(
+        default="reconstruction",
+        metadata={"choices": ("reconstruction", "segmentation"), "help": "who reconstructs: the paper's decoder, which "
+                  "is dropped afterwards; or the segmentation network's own, which fine-tuning takes over and for "
+                  "which decoder_width, fuse_finest, skips and decoder_norm mean nothing (not in the paper)"},
     )
     decoder_width: int = field(
         default=0,
@@ -227,7 +233,7 @@ class HySparK(nn.Module):
     def __init__(
         self,
         encoder: HybridEncoder,
-        reconstruction: ReconstructionDecoder,
+        reconstruction: ReconstructionDecoder | TransferableDecoder,
         layout: Callable[[torch.Tensor, str], SparseLayout] = BlockLayout,
         hidden_neighbours: str = "zero",
         bottom_up: bool = True,

@@ -46,6 +46,10 @@ class FinetuningConfig:
         metadata={"help": "load what fits of pre-trained weights that do not cover the encoder (other depth, width, "
                   "heads or strides)"},
     )
+    load_decoder: bool = field(
+        default=True,
+        metadata={"help": "take over the decoder too where the pre-trained weights have a trained one"},
+    )
     adapt_channels: tuple[int, ...] = field(
         default=(),
         metadata={"help": "for every image channel the pre-trained channel whose weights it takes, from 0, or -1 for "

@@ -30,11 +30,13 @@ def load_pretrained_encoder(
     allow_partial: bool = False,
     channels: Sequence[int] = (),
     on_refusal: Callable[[LoadReport], None] | None = None,
+    with_decoder: bool = True,
 ) -> LoadReport:
     """Reads a checkpoint file and loads its encoder; see :func:`load_encoder`.
 
-    The segmentation decoder, its last layers aside, is loaded too where the file holds a trained one: a checkpoint of
-    fine-tuning or of nnU-Net's own trainer. The one in a pre-training checkpoint is untrained.
+    The segmentation decoder, its last layers aside, is loaded too where the file holds a trained one, unless
+    ``with_decoder`` is false: a checkpoint of fine-tuning, of nnU-Net's own trainer, or of pre-training with
+    ``decoder=segmentation``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -42,11 +44,19 @@ def load_pretrained_encoder(
     """
     checkpoint = read_checkpoint(filename)
     description = description_of(checkpoint)
-    trained = ("decoder.",) if description.get("kind") != "pretraining" else ()
+    trained = ("decoder.",) if with_decoder and has_trained_decoder(description) else ()
     weights = network_weights(checkpoint, filename)
     return load_encoder(
         network, weights, str(filename), description, allow_partial, channels, trained, on_refusal=on_refusal
     )
+
+
+def has_trained_decoder(description: Mapping[str, Any]) -> bool:
+    """Whether the segmentation decoder in a checkpoint is more than fresh weights that stand there for nnU-Net's own
+    loader, by what the checkpoint says about itself."""
+    if description.get("kind") != "pretraining":
+        return True
+    return as_mapping(as_mapping(description.get("settings")).get("pretraining")).get("decoder") == "segmentation"
 
 
 def load_pretraining(
@@ -237,7 +247,7 @@ class _Plan:
             if name.startswith("reconstruction."):
                 reason = "pre-training only"
             elif name.startswith("decoder."):
-                reason = "segmentation layer" if ".seg_layers." in name else "untrained in a pre-training checkpoint"
+                reason = "segmentation layer" if ".seg_layers." in name else "untrained, or not asked for"
             entries.append(Entry(name, "skipped", tuple(tensor.shape), None, reason))
         return entries
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from nnunetv2_hyspark.masking import upsample_mask
-from nnunetv2_hyspark.networks.reconstruction import SKIPS, ReconstructionDecoder, decoder_norm
+from nnunetv2_hyspark.networks.reconstruction import SKIPS, ReconstructionDecoder, TransferableDecoder, decoder_norm
+from nnunetv2_hyspark.networks.segmentation import MedNeXtDecoder, build_encoder
 from nnunetv2_hyspark.sparse import BlockLayout
 
 STRIDES = [(1, 1, 1), (1, 2, 2), (2, 2, 2)]
@@ -56,6 +57,32 @@ def test_equations(features, fuse_finest, norm, skips):
     ours = decoder([layout.gather(feature) for feature in dense], layout)
     assert ours.shape == (2, 2, 4, 8, 8)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("output_channels", [1, 3])
+def test_segmentation_decoder(features, output_channels):
+    """The segmentation network's decoder on the densified features, with the head in place of its last layer."""
+    dense, visible, layout = features
+    torch.manual_seed(2)
+    encoder = build_encoder(1, [4, 3, 6], STRIDES, KERNELS, [1, 1, 1], [2, 2, 2], 1, 1, 2.0)
+    encoder.feature_channels = CHANNELS
+
+    def make_decoder(classes: int) -> MedNeXtDecoder:
+        return MedNeXtDecoder(encoder, classes, [4, 3], KERNELS[:-1], [1, 2], 2, deep_supervision=False).double()
+
+    ours = TransferableDecoder(output_channels, CHANNELS, make_decoder(0), 4).double()
+    assert not [name for name in ours.state_dict() if ".seg_layers." in name]
+    decoder = make_decoder(output_channels)
+    decoder.load_state_dict(ours.decoder.state_dict(), strict=False)
+    decoder.seg_layers[-1].load_state_dict(ours.head.state_dict())
+    filled = [
+        torch.where(upsample_mask(visible, tuple(f // g for f, g in zip(x.shape[2:], visible.shape[1:]))), x,
+                    token[None, :, None, None, None])
+        for x, token in zip(dense, ours.mask_tokens)
+    ]
+    reconstruction = ours([layout.gather(feature) for feature in dense], layout)
+    assert reconstruction.shape == (2, output_channels, 4, 8, 8)
+    torch.testing.assert_close(reconstruction, decoder(filled), rtol=0, atol=1e-11)
 
 
 def test_parts():

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from nnunetv2_hyspark.networks.reconstruction import ReconstructionDecoder
-from nnunetv2_hyspark.networks.segmentation import build_encoder
+from nnunetv2_hyspark.networks.reconstruction import ReconstructionDecoder, TransferableDecoder
+from nnunetv2_hyspark.networks.segmentation import MedNeXtDecoder, build_encoder
 from nnunetv2_hyspark.pretext.hyspark import HySparK
 from nnunetv2_hyspark.sparse import BlockLayout
 
@@ -15,15 +15,19 @@ STRIDES = {
 
 def _make_model(
     topology="isotropic", channels=1, depth=2, fuse_finest=True, norm="instance", layout=BlockLayout, hidden="zero",
-    skips="concatenate", bottom_up=True,
+    skips="concatenate", bottom_up=True, decoder="reconstruction",
 ) -> HySparK:
     torch.manual_seed(0)
     strides = STRIDES[topology]
     kernels = [(1, 3, 3) if topology == "anisotropic" else (3, 3, 3), (3, 3, 3), (3, 3, 3)]
     encoder = build_encoder(channels, [4, 6, 12], strides, kernels, [1, 2, 1], [2, 3, 2], depth, 2, 2.0)
-    reconstruction = ReconstructionDecoder(
-        channels, encoder.feature_channels, strides, kernels, 8, fuse_finest, norm, skips
-    )
+    if decoder == "segmentation":
+        transferred = MedNeXtDecoder(encoder, 0, [4, 6], kernels[:-1], [1, 1], 2, deep_supervision=False)
+        reconstruction = TransferableDecoder(channels, encoder.feature_channels, transferred, 4)
+    else:
+        reconstruction = ReconstructionDecoder(
+            channels, encoder.feature_channels, strides, kernels, 8, fuse_finest, norm, skips
+        )
     return HySparK(encoder, reconstruction, layout, hidden, bottom_up).double()
 
 

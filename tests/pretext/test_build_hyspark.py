@@ -59,6 +59,19 @@ def test_chosen_decoder_width():
     assert [p.out_channels for p in model.reconstruction.projections] == [16, 8, 4, 2]
 
 
+@pytest.mark.parametrize("strides", [ISOTROPIC, ANISOTROPIC])
+def test_segmentation_decoder(strides):
+    """Same names and shapes as in the segmentation network, its segmentation layers aside."""
+    kwargs = arch_kwargs(strides)
+    model = build_hyspark(2, kwargs, HySparKConfig(decoder="segmentation"))
+    ours = {name: tensor.shape for name, tensor in model.reconstruction.decoder.state_dict().items()}
+    theirs = {name: tensor.shape for name, tensor in HySparKUNet(2, 3, **kwargs).decoder.state_dict().items()}
+    assert ours == {name: shape for name, shape in theirs.items() if not name.startswith("seg_layers.")}
+    visible = random_visible(1, (2, 1, 1), 0.5, torch.Generator().manual_seed(0))
+    image = torch.randn(1, 2, *(g * s for g, s in zip((2, 1, 1), model.encoder.junction_stride)))
+    assert model(image, visible).shape == image.shape
+
+
 def test_decoder_width_that_can_not_be_halved():
     with pytest.raises(ValueError, match="decoder_width is 12; with 4 scales it must be a multiple of 8"):
         build_hyspark(1, arch_kwargs(ISOTROPIC), HySparKConfig(decoder_width=12))

@@ -7,12 +7,17 @@ from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
 
 TOPOLOGIES = ["isotropic", "anisotropic"]
-MASKINGS = {"zero": {}, "nearest": {"hidden": "nearest"}, "not bottom-up": {"bottom_up": False}}
+MASKINGS = {
+    "zero": {},
+    "nearest": {"hidden": "nearest"},
+    "not bottom-up": {"bottom_up": False},
+    "segmentation decoder": {"decoder": "segmentation"},
+}
 
 
 @pytest.fixture(params=list(MASKINGS))
 def masking(request) -> dict:
-    """How the encoder is masked, as options of the model."""
+    """How the encoder is masked, or who reconstructs, as options of the model."""
     return MASKINGS[request.param]
 
 
@@ -148,7 +153,9 @@ def test_every_parameter_is_trained(make_model, batch, topology, fuse_finest, de
 
 
 @pytest.mark.parametrize(
-    "options", [{"skips": "add"}, {"skips": "none"}, {"bottom_up": False}, {"hidden": "nearest"}], ids=str
+    "options",
+    [{"skips": "add"}, {"skips": "none"}, {"bottom_up": False}, {"hidden": "nearest"}, {"decoder": "segmentation"}],
+    ids=str,
 )
 def test_every_parameter_of_a_variant_is_trained(make_model, batch, options):
     check_all_trained(make_model(**options), batch)

@@ -563,6 +563,22 @@ def test_a_checkpoint_tells_the_decoder_s_width_as_a_number(make_trainer):
     assert checkpoint["hyspark"]["settings"]["pretraining"]["decoder_width"] == stored["decoder_width"] == width > 0
 
 
+@pytest.mark.parametrize("load_decoder", [True, False])
+def test_a_segmentation_decoder_goes_from_pretraining_to_finetuning(make_trainer, load_decoder):
+    first = make_trainer("decoder=segmentation")
+    first.run_training()
+    trained = dict(first.model.reconstruction.decoder.named_parameters())
+    stored = read_checkpoint(first.folder / FINAL)["network_weights"]
+    assert trained and all(torch.equal(stored[f"decoder.{name}"], trained[name]) for name in trained)
+    assert [name for name in stored if name.startswith("decoder.seg_layers.")]
+    second = make_trainer(f"load_decoder={json.dumps(load_decoder)}", trainer_name="HySparKFinetuneTrainer")
+    second.initialize()
+    second.load_pretrained(str(first.folder / FINAL))
+    decoder = dict(second.network.decoder.named_parameters())
+    equal = {name: torch.equal(decoder[name], trained[name]) for name in trained if trained[name].ndim > 1}
+    assert equal and set(equal.values()) == {load_decoder}
+
+
 def test_a_probe_data_set_that_is_not_there_ends_the_run_at_its_start(make_trainer):
     with pytest.raises(ValueError, match="probe_dataset is 996, but there is no such data set"):
         make_trainer("probe_dataset=996").run_training()

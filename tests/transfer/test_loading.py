@@ -198,6 +198,21 @@ def test_trained_decoder_is_taken(saved, make_network, image):
         assert name in fresh or torch.equal(tensor, source.state_dict()[name])
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_decoder_trained_in_pretraining(saved, make_network, wanted):
+    """It is taken unless it is not asked for, all but the segmentation layers."""
+    source, path = saved()
+    checkpoint = torch.load(path)
+    checkpoint["hyspark"]["settings"] = {"pretraining": {"decoder": "segmentation"}}
+    torch.save(checkpoint, path)
+    network = make_network(2)
+    before = snapshot(network)
+    load_pretrained_encoder(network, path, with_decoder=wanted)
+    for name, tensor in network.state_dict().items():
+        taken = name.startswith("encoder.") or (wanted and ".seg_layers." not in name)
+        assert torch.equal(tensor, (source.state_dict() if taken else before)[name]), name
+
+
 def test_nothing_fits(saved, make_network):
     _, path = saved()
     network = make_network(2, features_per_stage=[5, 7, 18], transformer_heads=3)

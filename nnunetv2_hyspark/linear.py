@@ -11,14 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def convolution_serves(x: torch.Tensor) -> bool:
-    """Whether oneDNN takes a linear layer on ``x``: on CPUs, in float32 and bfloat16."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
-    )
+# with one thread PyTorch leaves convolutions with a kernel of one to oneDNN from so many images on
+IMAGES = 16
+
+
+def images_for(x: torch.Tensor) -> int:
+    """As how many images oneDNN takes the rows of a linear layer's input; 0 if it does not.
+
+    It serves on CPUs, in float32 and bfloat16.
+    """
+    serves = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
+    if not serves or not torch.backends.mkldnn.is_available():
+        return 0
+    if x.numel() // x.shape[-1] % IMAGES == 0:
+        return IMAGES
+    return 1 if torch.get_num_threads() > 1 else 0
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,10 +39,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Returns:
         ``(..., O)``.
     """
-    if not convolution_serves(x):
+    images = images_for(x)
+    if not images:
         return F.linear(x, weight, bias)
-    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+    maps = x.reshape(images, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    return F.conv2d(maps, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):

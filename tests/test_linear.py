@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnunetv2_hyspark.linear import Linear, convolution_serves, linear, use_linear
+from nnunetv2_hyspark.linear import IMAGES, Linear, images_for, linear, use_linear
 from nnunetv2_hyspark.networks.vit import ViT
 
-SHAPES = [(5,), (7, 5), (2, 3, 5), (2, 3, 4, 2, 5), (1, 1, 5)]
+SHAPES = [(5,), (7, 5), (2, 3, 5), (4, 3, 4, 2, 5), (16, 5), (1, 1, 5)]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -39,12 +39,20 @@ def test_any_memory_layout():
         torch.testing.assert_close(layer(voxels), F.linear(voxels, layer.weight, layer.bias))
 
 
-def test_where_it_serves():
-    assert convolution_serves(torch.randn(2, 3)) == torch.backends.mkldnn.is_available()
-    assert not convolution_serves(torch.randn(2, 3, dtype=torch.float64))
-    assert not convolution_serves(torch.randn(2, 3, dtype=torch.float16))
-    assert not convolution_serves(torch.randn(0, 3))
-    assert not convolution_serves(torch.randn(2, 3, device="meta"))
+@pytest.mark.parametrize("threads, odd", [(1, 0), (2, 1)])
+def test_where_it_serves(threads, odd):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        available = torch.backends.mkldnn.is_available()
+        assert images_for(torch.randn(2, 16, 3)) == (IMAGES if available else 0)
+        assert images_for(torch.randn(17, 3)) == (odd if available else 0)
+    finally:
+        torch.set_num_threads(before)
+    assert not images_for(torch.randn(16, 3, dtype=torch.float64))
+    assert not images_for(torch.randn(16, 3, dtype=torch.float16))
+    assert not images_for(torch.randn(0, 3))
+    assert not images_for(torch.randn(16, 3, device="meta"))
     assert Linear(3, 2)(torch.randn(0, 3)).shape == (0, 2)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
 # with one thread PyTorch leaves convolutions with a kernel of one to oneDNN from so many images on
 IMAGES = 16
 
@@ -18,10 +17,16 @@ IMAGES = 16
 def images_for(x: torch.Tensor) -> int:
     """As how many images oneDNN takes the rows of a linear layer's input; 0 if it does not.
 
-    It serves on CPUs, in float32 and bfloat16.
+    It serves on CPUs, in float32, without autocast (in which memory on GPUs is counted) or compiler.
     """
-    serves = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
-    if not serves or not torch.backends.mkldnn.is_available():
+    if (
+        torch.compiler.is_compiling()  # first, because compilers cannot look into the rest
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or x.numel() == 0
+        or torch.is_autocast_enabled("cpu")
+        or not torch.backends.mkldnn.is_available()
+    ):
         return 0
     if x.numel() // x.shape[-1] % IMAGES == 0:
         return IMAGES

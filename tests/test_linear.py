@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_hyspark.linear import IMAGES, Linear, images_for, linear, use_linear
 from nnunetv2_hyspark.networks.vit import ViT
@@ -50,10 +51,34 @@ def test_where_it_serves(threads, odd):
     finally:
         torch.set_num_threads(before)
     assert not images_for(torch.randn(16, 3, dtype=torch.float64))
-    assert not images_for(torch.randn(16, 3, dtype=torch.float16))
+    assert not images_for(torch.randn(16, 3, dtype=torch.bfloat16))
+    with torch.autocast("cpu"):
+        assert not images_for(torch.randn(16, 3))
     assert not images_for(torch.randn(0, 3))
     assert not images_for(torch.randn(16, 3, device="meta"))
     assert Linear(3, 2)(torch.randn(0, 3)).shape == (0, 2)
+
+
+def test_what_is_compiled_is_one_graph():
+    layer = Linear(3, 2)
+    x = torch.randn(16, 3)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_memory_on_gpus_is_counted_with_products_of_matrices():
+    """The planner traces steps on the CPU in autocast; what serves there must not change a plan."""
+    layer, operations = Linear(3, 2), []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), Names():
+        layer(torch.randn(16, 3)).sum().backward()
+    assert torch.ops.aten.addmm in operations
+    assert torch.ops.aten.convolution not in operations
 
 
 def test_a_library_s_network_keeps_its_parameters():

@@ -155,10 +155,9 @@ class BlockLayout:
             canvas = fill.to(sparse.dtype).view(1, 1, 1, 1, 1, 1, 1, channels).expand(shape)
         b, i, j, k = self.cells.unbind(1)
         cells = canvas.index_put((b, i, j, k), sparse.permute(0, 2, 3, 4, 1))
-        dense = cells.permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return dense.reshape(self.batch_size, channels, *multiply(self.grid, (s0, s1, s2))).contiguous(
-            memory_format=torch.channels_last_3d
-        )
+        rows = cells.permute(0, 1, 4, 2, 5, 3, 6, 7)
+        dense = rows.reshape(self.batch_size, *multiply(self.grid, (s0, s1, s2)), channels)
+        return dense.permute(0, 4, 1, 2, 3)
 
     def conv3d(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Size3, groups: int

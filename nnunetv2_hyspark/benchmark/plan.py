@@ -112,7 +112,8 @@ def read_plan(file: Path, name: str) -> PlannedNetwork:
 
 def _check_depth(arch_kwargs: dict[str, Any]) -> None:
     """Raises ValueError for more blocks than could be built in reasonable time, even without memory."""
-    number = sum(arch_kwargs["n_blocks_per_stage"]) + arch_kwargs["transformer_depth"]
+    blocks = (*arch_kwargs["n_blocks_per_stage"], *arch_kwargs["n_blocks_per_stage_decoder"])
+    number = sum(blocks) + arch_kwargs["transformer_depth"]
     if number > LARGEST_DEPTH:
         raise ValueError(f"it names {number} blocks, at most {LARGEST_DEPTH} are expected")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..depthwise import depthwise_conv3d, has_fast_gradients
+from ..linear import Linear
 from ..networks.mednext import MedNeXtBlock
-from ..networks.reconstruction import ReconstructionDecoder, UpBlock
+from ..networks.reconstruction import ReconstructionDecoder, TransferableDecoder, UpBlock
 from ..pretext.hyspark import HySparK
 from ..sparse import DenseMaskLayout, SparseLayout
 
@@ -45,10 +47,26 @@ class ContiguousMaskLayout(DenseMaskLayout):
 
 class _ContiguousBlock(MedNeXtBlock):
     def forward(self, x: torch.Tensor, layout: SparseLayout | None = None) -> torch.Tensor:
-        y = self.depthwise(x, layout)
+        y = F.conv3d(x, **self.stock_depthwise()) if layout is None else self.depthwise(x, layout)
         y = self.norm(y.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3).contiguous()
         y = F.gelu(F.conv3d(y, self.expand.weight[:, :, None, None, None], self.expand.bias))
         return x + F.conv3d(y, self.compress.weight[:, :, None, None, None], self.compress.bias)
+
+
+    def stock_depthwise(self) -> dict[str, Any]:
+        """Arguments of PyTorch's own convolution."""
+        layer = self.depthwise
+        return {"weight": layer.weight, "bias": layer.bias, "padding": layer.same_padding, "groups": layer.groups}
+
+
+class _ContiguousTransferableDecoder(TransferableDecoder):
+    def forward(self, features, layout):
+        return super().forward([feature.contiguous() for feature in features], layout)
+
+
+class _StockLinear(Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class _TwoStepUp(UpBlock):
@@ -88,6 +106,10 @@ def official_like(model: HySparK) -> HySparK:
             module.__class__ = _TwoStepUp
         elif isinstance(module, ReconstructionDecoder):
             module.__class__ = _ContiguousDecoder
+        elif isinstance(module, TransferableDecoder):
+            module.__class__ = _ContiguousTransferableDecoder
+        elif isinstance(module, Linear):
+            module.__class__ = _StockLinear
     return reference
 
 

@@ -22,7 +22,10 @@ from .reference import dense_channels_last, dense_then_mask, official_like
 
 STEPS: dict[str, dict[str, Any]] = {
     "default": {},
-    "official": {"decoder_width": 768, "fuse_finest": False, "decoder_norm": "batch"},
+    "official": {
+        "decoder": "reconstruction", "decoder_width": 768, "fuse_finest": False, "decoder_norm": "batch",
+        "skips": "concatenate",
+    },
 }
 """Settings of pre-training by which a step differs from the plan's, or without a plan from the defaults."""
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_hyspark.benchmark.plan import read_plan
-from nnunetv2_hyspark.benchmark.request import Request, build
+from nnunetv2_hyspark.benchmark.request import VARIANTS, Request, build
 from nnunetv2_hyspark.benchmark.run import check_agreement, loading
 from nnunetv2_hyspark.benchmark.segmentation import networks
 from nnunetv2_hyspark.cli.main import main
+from nnunetv2_hyspark.networks.reconstruction import ReconstructionDecoder, TransferableDecoder
 from nnunetv2_hyspark.networks.topology import NETWORK_CLASS, ArchitectureConfig, derive_arch_kwargs
 from nnunetv2_hyspark.pretext.hyspark import HySparKConfig
 
@@ -54,6 +55,16 @@ def write_plans(folder: Path, ours: bool, hyspark: dict | None = None) -> Path:
 def request_of(file: Path, name: str = "3d_fullres", **changes) -> Request:
     planned = read_plan(file, name)
     return Request(**{**planned.defaults(), **changes}, planned=planned)
+
+
+def test_the_plan_s_decoder(tmp_path):
+    """The step by default has the plan's, also in the references; the official one has its own."""
+    file = write_plans(tmp_path, True, {"pretraining": {"decoder": "segmentation", "skips": "add"}})
+    request = request_of(file, batch=1)
+    assert isinstance(build(request, "blocks")[0].reconstruction, TransferableDecoder)
+    assert set(check_agreement(request)["loss"]) == set(VARIANTS)
+    official = build(request_of(file, batch=1, step="official"), "blocks")[0].reconstruction
+    assert isinstance(official, ReconstructionDecoder) and len(official.fuse) == 2
 
 
 @pytest.mark.parametrize("ours", [True, False])

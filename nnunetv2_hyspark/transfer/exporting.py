@@ -14,6 +14,7 @@ from .importing import is_encoder_file
 from .official import ENCODER_PREFIX, convert_back, official_name
 from .reading import network_weights, read_checkpoint
 
+_OFFICIAL_DECODER = "decoder=reconstruction,fuse_finest=false,decoder_norm=batch,skips=concatenate"
 _OUTSIDE = ("mae.pos_embed", "mae.mask_token")
 
 
@@ -54,6 +55,11 @@ def export_official(filename: str | os.PathLike[str], encoder_only: bool = False
 
 
 def _check_expressible(weights: Mapping[str, torch.Tensor], source: str, encoder_only: bool) -> None:
+    if not encoder_only and any(name.startswith("reconstruction.decoder.") for name in weights):
+        raise ValueError(
+            f"{source} was pre-trained with decoder=segmentation, which the official release cannot express; pre-train "
+            f"with {_OFFICIAL_DECODER}, or export the encoder alone with --encoder-only."
+        )
     try:
         for name in weights:
             official_name(name)
@@ -68,7 +74,7 @@ def _check_expressible(weights: Mapping[str, torch.Tensor], source: str, encoder
     if fused != scales or not batch_norm or not concatenated:
         raise ValueError(
             f"{source} has a decoder that the official release cannot express; pre-train with "
-            f"fuse_finest=false,decoder_norm=batch,skips=concatenate, or export the encoder alone with --encoder-only."
+            f"{_OFFICIAL_DECODER}, or export the encoder alone with --encoder-only."
         )
 
 

@@ -82,9 +82,14 @@ def _describe_nnunet(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_parameters(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Values per part of the network: the first name, and the second within an encoder."""
+    """Values per part of the network: the first name, and the second within an encoder.
+
+    A segmentation decoder that reconstructed is in a file by two names and counts as ``decoder``.
+    """
     counts: dict[str, int] = {}
     for name, tensor in weights.items():
+        if name.startswith("reconstruction.decoder.") and name.removeprefix("reconstruction.") in weights:
+            continue
         parts = name.split(".")
         part = ".".join(parts[: 2 if parts[0] in ("encoder", "sparse_encoder") else 1])
         counts[part] = counts.get(part, 0) + tensor.numel()

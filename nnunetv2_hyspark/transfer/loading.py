@@ -64,7 +64,8 @@ def load_pretraining(
     filename: str | os.PathLike[str],
     on_refusal: Callable[[LoadReport], None] | None = None,
 ) -> LoadReport:
-    """Reads a checkpoint file to go on pre-training: the encoder, and the reconstruction decoder where it fits.
+    """Reads a checkpoint file to go on pre-training: the encoder, and what reconstructs where it is of the same kind
+    and fits.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -73,10 +74,15 @@ def load_pretraining(
     checkpoint = read_checkpoint(filename)
     description = description_of(checkpoint)
     weights = network_weights(checkpoint, filename)
+    same_kind = _segmentation_decoder_reconstructs(weights) == _segmentation_decoder_reconstructs(network.state_dict())
     return load_encoder(
-        network, weights, str(filename), description, optional=("reconstruction.",),
+        network, weights, str(filename), description, optional=("reconstruction.",) if same_kind else (),
         advice="plan the data set for the network of that checkpoint, or go on without it", on_refusal=on_refusal,
     )
+
+
+def _segmentation_decoder_reconstructs(weights: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.startswith("reconstruction.decoder.") for name in weights)
 
 
 def load_encoder(
@@ -136,6 +142,7 @@ def load_encoder(
     if any(name == "heads" for name, _ in hidden):
         plan.drop(r"^encoder\.transformer\.blocks\.\d+\.attn\.", "trained with another number of attention heads")
     report.notes += [f"partial load: {problem}" for problem in problems]
+    report.notes += plan.incomplete_parts()
     update, entries = plan.carry_out()
     if not any(name.startswith(ENCODER) and entry.action != "fresh" for name, entry in entries.items()):
         raise ValueError(f"{source} has no encoder weight that fits this network; use another checkpoint or plan.")
@@ -203,6 +210,16 @@ class _Plan:
             problems.append(f"the network has no place for {summarise(surplus)}")
         return problems
 
+    def incomplete_parts(self) -> list[str]:
+        """Which optional parts are taken in pieces, in words."""
+        notes = []
+        for prefix in self.optional:
+            names = [name for name in self.wanted if name.startswith(prefix)]
+            taken = sum(name in self.fitted for name in names)
+            if taken < len(names) and any(name.startswith(prefix) for name in self.weights):
+                notes.append(f"{taken} of {len(names)} tensors of {prefix.rstrip('.')} fit; the others stay fresh")
+        return notes
+
     def carry_out(self) -> tuple[dict[str, torch.Tensor], dict[str, Entry]]:
         """New values, and what to report, per tensor of the target."""
         known = {match.group(1) for name in self.weights if (match := _BLOCK.match(name))}
@@ -243,13 +260,19 @@ class _Plan:
         for name, tensor in self.weights.items():
             if name in self.fitted or name in self.reasons:
                 continue
-            reason = "not used by this network"
-            if name.startswith("reconstruction."):
-                reason = "pre-training only"
-            elif name.startswith("decoder."):
-                reason = "segmentation layer" if ".seg_layers." in name else "untrained, or not asked for"
-            entries.append(Entry(name, "skipped", tuple(tensor.shape), None, reason))
+            entries.append(Entry(name, "skipped", tuple(tensor.shape), None, self._why_skipped(name)))
         return entries
+
+    def _why_skipped(self, name: str) -> str:
+        if name.startswith("reconstruction."):
+            return "stands under decoder too" if name.startswith("reconstruction.decoder.") else "pre-training only"
+        if not name.startswith("decoder."):
+            return "not used by this network"
+        if ".seg_layers." in name:
+            return "segmentation layer"
+        if f"reconstruction.{name}" in self.fitted:
+            return "stands under reconstruction too"
+        return "untrained in a pre-training checkpoint, or not asked for"
 
 
 class _DoesNotFit(ValueError):

@@ -7,7 +7,7 @@ import torch
 
 from nnunetv2_hyspark.cli.main import main
 from nnunetv2_hyspark.transfer.description import CITATIONS, FORMAT_VERSION, describe
-from nnunetv2_hyspark.transfer.inspection import bounded, inspect_checkpoint
+from nnunetv2_hyspark.transfer.inspection import bounded, count_parameters, inspect_checkpoint
 
 
 @pytest.fixture
@@ -46,6 +46,15 @@ def test_ours(described, capsys):
     assert facts["format_version"] == FORMAT_VERSION and facts["epochs_done"] == 12 and facts["finite"]
     assert facts["versions"]["torch"] and facts["configuration"]["spacing"] == [1.0, 0.5, 0.5]
     assert sum(facts["parameters"].values()) > 1000 and "encoder.cnn" in facts["parameters"]
+
+
+def test_a_decoder_under_two_names_is_counted_once():
+    weights = {
+        "encoder.cnn.stem.weight": torch.zeros(3), "reconstruction.head.weight": torch.zeros(2),
+        "reconstruction.decoder.up.0.weight": torch.zeros(5), "decoder.up.0.weight": torch.zeros(5),
+        "decoder.seg_layers.0.weight": torch.zeros(7),
+    }
+    assert count_parameters(weights) == {"encoder.cnn": 3, "reconstruction": 2, "decoder": 12}
 
 
 def test_newer_format_is_still_shown(described, capsys):

@@ -4,6 +4,8 @@ import json
 import pytest
 import torch
 
+from nnunetv2_hyspark.pretext.build import build_hyspark
+from nnunetv2_hyspark.pretext.hyspark import HySparKConfig
 from nnunetv2_hyspark.transfer.loading import load_encoder, load_pretrained_encoder, load_pretraining
 from nnunetv2_hyspark.transfer.report import summarise
 
@@ -213,6 +215,17 @@ def test_a_decoder_trained_in_pretraining(saved, make_network, wanted):
         assert torch.equal(tensor, (source.state_dict() if taken else before)[name]), name
 
 
+def test_a_decoder_that_fits_in_part_is_noted(saved, make_network):
+    _, path = saved("finetuning")
+    whole = load_pretrained_encoder(make_network(2), path)
+    assert not [note for note in whole.notes if "stay fresh" in note]
+    other = load_pretrained_encoder(make_network(2, expansion_decoder=3), path)
+    (note,) = [note for note in other.notes if "stay fresh" in note]
+    fresh = [e for e in other.of("fresh") if e.name.startswith("decoder.") and ".seg_layers." not in e.name]
+    wanted = [e for e in other.entries if e.name.startswith("decoder.") and e.target_shape and ".seg" not in e.name]
+    assert note == f"{len(wanted) - len(fresh)} of {len(wanted)} tensors of decoder fit; the others stay fresh"
+
+
 def test_nothing_fits(saved, make_network):
     _, path = saved()
     network = make_network(2, features_per_stage=[5, 7, 18], transformer_heads=3)
@@ -269,6 +282,23 @@ def test_going_on_with_pretraining(tmp_path, make_network):
     torch.save({"network_weights": weights}, tmp_path / "b.pth")
     report = load_pretraining(ours, tmp_path / "b.pth")
     assert {entry.name for entry in report.of("fresh")} == {"reconstruction.weight", "reconstruction.bias"}
+
+
+@pytest.mark.parametrize("before", ["reconstruction", "segmentation"])
+@pytest.mark.parametrize("now", ["reconstruction", "segmentation"])
+def test_going_on_with_the_other_decoder(tmp_path, architecture, before, now):
+    """A decoder of the same kind is loaded, of another one nothing, though some shapes are the same."""
+    def make(decoder: str, seed: int):
+        torch.manual_seed(seed)
+        return build_hyspark(1, architecture(), HySparKConfig(decoder=decoder, decoder_width=16))
+
+    source, network = make(before, 1), make(now, 2)
+    assert source.reconstruction.head.weight.shape == network.reconstruction.head.weight.shape
+    torch.save({"network_weights": source.state_dict()}, tmp_path / "a.pth")
+    report = load_pretraining(network, tmp_path / "a.pth")
+    loaded = {entry.name for entry in report.of("loaded")}
+    expected = {n for n in network.state_dict() if before == now or not n.startswith("reconstruction.")}
+    assert loaded == expected
 
 
 def test_pretraining_is_not_told_of_a_setting_of_fine_tuning(saved, make_network):

@@ -165,7 +165,11 @@ def test_own_model_to_official(golden, architecture, tmp_path):
     assert_equal(export_official(tmp_path / "own.pth", encoder_only=True), encoder_part(exported))
 
 
-@pytest.mark.parametrize("changes", [{"fuse_finest": True}, {"decoder_norm": "instance"}, {"skips": "add"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"fuse_finest": True}, {"decoder_norm": "instance"}, {"skips": "add"}, {"decoder": "segmentation"}],
+    ids=str,
+)
 def test_decoder_that_official_cannot_express(tmp_path, architecture, changes):
     options = {"fuse_finest": False, "decoder_norm": "batch", **changes}
     model = build_hyspark(1, architecture(), HySparKConfig(**options))

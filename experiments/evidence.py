@@ -216,7 +216,10 @@ def cost_section(benchmarks: list[dict[str, Any]]) -> list[str]:
     ]
     for benchmark in steps:
         request, step, memory = benchmark["request"], benchmark["step"], benchmark.get("memory_gb", {})
-        name = {"default": "the default", "official": "768 wide, as the release's"}[request["step"]]
+        name = {
+            "default": "the default", "official": "768 wide, as the release's",
+            "segmentation": "the segmentation network's",
+        }[request["step"]]
         differences = [max(values.values()) for values in benchmark["relative_differences"].values()]
         lines.append(
             f"| {name} | {'x'.join(map(str, request['size']))} | {step['blocks']['median_s']:.2f} | "

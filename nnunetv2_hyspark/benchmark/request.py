@@ -26,6 +26,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "decoder": "reconstruction", "decoder_width": 768, "fuse_finest": False, "decoder_norm": "batch",
         "skips": "concatenate",
     },
+    "segmentation": {"decoder": "segmentation"},
 }
 """Settings of pre-training by which a step differs from the plan's, or without a plan from the defaults."""
 

@@ -23,9 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
                         help="measure the network, patch size, batch size, channels and settings of this plans file: "
                         "ours, or any of nnU-Net's that HySparKPretrainTrainer takes (default: the paper's network)")
     parser.add_argument("--configuration", metavar="NAME", help="of the plans (default: 3d_fullres)")
-    parser.add_argument("--step", choices=("default", "official"), default="default",
+    parser.add_argument("--step", choices=("default", "official", "segmentation"), default="default",
                         help="decoder of the step: default, as the settings or the plan say; official, as in the "
-                        "official release (width 768)")
+                        "official release (width 768); segmentation, the segmentation network's own")
     parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"),
                         help="crop, voxels (default: 96 96 96, or the plan's patch size)")
     parser.add_argument("--batch", type=int, help="crops per step (default: 1, or the plan's batch size)")

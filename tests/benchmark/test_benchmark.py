@@ -24,7 +24,7 @@ CEILINGS = {"peak_gflops": 100.0, "copy_gbs": 10.0}
 TINY = Request(size=(32, 32, 32), base_width=8, batch=2, repeats=2)
 
 
-@pytest.mark.parametrize("step", ["default", "official"])
+@pytest.mark.parametrize("step", ["default", "official", "segmentation"])
 def test_variants_agree_in_loss_and_gradients(step):
     request = Request(size=(32, 32, 16), base_width=8, step=step)
     differences = check_agreement(request)

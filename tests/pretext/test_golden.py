@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnunetv2_hyspark.linear import Linear
 from nnunetv2_hyspark.networks.reconstruction import ReconstructionDecoder
 from nnunetv2_hyspark.networks.segmentation import build_encoder
 from nnunetv2_hyspark.networks.vit import sincos_position_embedding
@@ -95,10 +96,13 @@ def test_loss_and_gradients_in_float64(golden, layout):
 
 
 def test_loss_and_gradients_of_the_reference_in_float32(golden):
-    """Dense maps and PyTorch's own batch norm: the official order of summation."""
+    """Dense maps, PyTorch's own batch norm and linear layers: the official order of summation."""
     model = load(golden, DenseMaskLayout)
     for norm in batch_norms(model).values():
         norm.__class__ = nn.BatchNorm3d
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.__class__ = nn.Linear
     check_loss_and_gradients(golden, model, torch.float32)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
@@ -47,16 +46,14 @@ class ContiguousMaskLayout(DenseMaskLayout):
 
 class _ContiguousBlock(MedNeXtBlock):
     def forward(self, x: torch.Tensor, layout: SparseLayout | None = None) -> torch.Tensor:
-        y = F.conv3d(x, **self.stock_depthwise()) if layout is None else self.depthwise(x, layout)
+        own = self.depthwise
+        if layout is None:
+            y = F.conv3d(x, own.weight, own.bias, padding=own.same_padding, groups=own.groups)
+        else:
+            y = own(x, layout)
         y = self.norm(y.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3).contiguous()
         y = F.gelu(F.conv3d(y, self.expand.weight[:, :, None, None, None], self.expand.bias))
         return x + F.conv3d(y, self.compress.weight[:, :, None, None, None], self.compress.bias)
-
-
-    def stock_depthwise(self) -> dict[str, Any]:
-        """Arguments of PyTorch's own convolution."""
-        layer = self.depthwise
-        return {"weight": layer.weight, "bias": layer.bias, "padding": layer.same_padding, "groups": layer.groups}
 
 
 class _ContiguousTransferableDecoder(TransferableDecoder):

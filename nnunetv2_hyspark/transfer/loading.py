@@ -44,19 +44,17 @@ def load_pretrained_encoder(
     """
     checkpoint = read_checkpoint(filename)
     description = description_of(checkpoint)
-    trained = ("decoder.",) if with_decoder and has_trained_decoder(description) else ()
     weights = network_weights(checkpoint, filename)
+    trained = ("decoder.",) if with_decoder and has_trained_decoder(description, weights) else ()
     return load_encoder(
         network, weights, str(filename), description, allow_partial, channels, trained, on_refusal=on_refusal
     )
 
 
-def has_trained_decoder(description: Mapping[str, Any]) -> bool:
+def has_trained_decoder(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether the segmentation decoder in a checkpoint is more than fresh weights that stand there for nnU-Net's own
-    loader, by what the checkpoint says about itself."""
-    if description.get("kind") != "pretraining":
-        return True
-    return as_mapping(as_mapping(description.get("settings")).get("pretraining")).get("decoder") == "segmentation"
+    loader: in pre-training only the one that reconstructed is."""
+    return description.get("kind") != "pretraining" or _segmentation_decoder_reconstructs(weights)
 
 
 def load_pretraining(

@@ -14,19 +14,22 @@ from torch.nn import functional as F
 IMAGES = 16
 
 
-def images_for(x: torch.Tensor) -> int:
-    """As how many images oneDNN takes the rows of a linear layer's input; 0 if it does not.
+def runs_on_onednn(x: torch.Tensor) -> bool:
+    """Whether oneDNN can serve for an input: on CPUs, in float32, without autocast (in which memory on GPUs is counted)
+    or compiler."""
+    return (
+        not torch.compiler.is_compiling()  # first, because compilers cannot look into the rest
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
 
-    It serves on CPUs, in float32, without autocast (in which memory on GPUs is counted) or compiler.
-    """
-    if (
-        torch.compiler.is_compiling()  # first, because compilers cannot look into the rest
-        or x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or x.numel() == 0
-        or torch.is_autocast_enabled("cpu")
-        or not torch.backends.mkldnn.is_available()
-    ):
+
+def images_for(x: torch.Tensor) -> int:
+    """As how many images oneDNN takes the rows of a linear layer's input; 0 if it does not."""
+    if not runs_on_onednn(x):
         return 0
     if x.numel() // x.shape[-1] % IMAGES == 0:
         return IMAGES

@@ -12,6 +12,7 @@ from ..depthwise import depthwise_conv3d, has_fast_gradients
 from ..linear import Linear
 from ..networks.mednext import MedNeXtBlock
 from ..networks.reconstruction import ReconstructionDecoder, TransferableDecoder, UpBlock
+from ..networks.segmentation import MedNeXtDecoder
 from ..pretext.hyspark import HySparK
 from ..sparse import DenseMaskLayout, SparseLayout
 
@@ -54,6 +55,11 @@ class _ContiguousBlock(MedNeXtBlock):
         y = self.norm(y.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3).contiguous()
         y = F.gelu(F.conv3d(y, self.expand.weight[:, :, None, None, None], self.expand.bias))
         return x + F.conv3d(y, self.compress.weight[:, :, None, None, None], self.compress.bias)
+
+
+class _TwoStepJoin(MedNeXtDecoder):
+    def join(self, step: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return self.fuse[step](torch.cat([self.up[step](x), skip], dim=1))
 
 
 class _ContiguousTransferableDecoder(TransferableDecoder):
@@ -105,6 +111,8 @@ def official_like(model: HySparK) -> HySparK:
             module.__class__ = _ContiguousDecoder
         elif isinstance(module, TransferableDecoder):
             module.__class__ = _ContiguousTransferableDecoder
+        elif isinstance(module, MedNeXtDecoder):
+            module.__class__ = _TwoStepJoin
         elif isinstance(module, Linear):
             module.__class__ = _StockLinear
     return reference

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..depthwise import depthwise_conv3d, has_fast_gradients
 from ..geometry import Size3, as_size3
+from ..linear import linear, runs_on_onednn
 from ..sparse import SparseLayout
 
 
@@ -39,6 +40,14 @@ class Conv3d(nn.Conv3d):
             return layout.conv3d(x, self.weight, self.bias, as_size3(self.stride), self.groups)
         if self.stride == (1, 1, 1) and has_fast_gradients(x, self.weight, self.groups):
             return depthwise_conv3d(x, self.weight, self.bias, self.same_padding)
+        if (
+            self.kernel_size == self.stride == (1, 1, 1)
+            and self.groups == 1
+            and runs_on_onednn(x)
+            and x.is_contiguous(memory_format=torch.channels_last_3d)
+        ):
+            # with one thread PyTorch would take another library, and leave channels-last memory
+            return linear(x.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
         return super().forward(x)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
 from ..geometry import Size3, as_size3
+from .convolution import Conv3d
 from .encoder import HybridEncoder, StagedCNN
+from .fusion import upsample_and_fuse
 from .mednext import ChannelLayerNorm, MedNeXtStage, MedNeXtStages
 from .stock_cnn import build_stock_cnn
 from .vit import ViT
@@ -53,7 +56,7 @@ class MedNeXtDecoder(nn.Module):
             self.up.append(nn.ConvTranspose3d(below, width, stride, stride))
             self.fuse.append(nn.Conv3d(width + encoder.feature_channels[scale], width, 1))
             self.stages.append(MedNeXtStage(width, kernel, n_blocks[scale], expansion))
-            self.seg_layers.append(nn.Conv3d(width, num_classes, 1) if num_classes else nn.Identity())
+            self.seg_layers.append(Conv3d(width, num_classes, (1, 1, 1)) if num_classes else nn.Identity())
             below = width
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
@@ -70,11 +73,16 @@ class MedNeXtDecoder(nn.Module):
         outputs = []
         skips = list(reversed(features[:-1]))
         for step, skip in enumerate(skips):
-            x = self.fuse[step](torch.cat([self.up[step](x), self.skip_norms[step](skip)], dim=1))
-            x = self.stages[step](x)
+            x = self.stages[step](self.join(step, x, self.skip_norms[step](skip)))
             if self.deep_supervision or step == len(skips) - 1:
                 outputs.append(self.seg_layers[step](x))
         return outputs[::-1] if self.deep_supervision else outputs[-1]
+
+    def join(self, step: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """Coarse features and the skip of a step, coarsest first, to features of that scale."""
+        return upsample_and_fuse(
+            x, skip, cast(nn.ConvTranspose3d, self.up[step]), cast(nn.Conv3d, self.fuse[step])
+        )
 
 
 def build_encoder(

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..geometry import Size3, as_size3
+from ..inverted_bottleneck import inverted_bottleneck, passes_once
 from ..linear import Linear
 from ..sparse import SparseLayout
 from .convolution import Conv3d, max_pool3d
@@ -44,6 +45,12 @@ class MedNeXtBlock(nn.Module):
     def forward(self, x: torch.Tensor, layout: SparseLayout | None = None) -> torch.Tensor:
         """``(B, C, D, H, W)``, or the layout's own form, to the same shape."""
         voxels = self.depthwise(x, layout).permute(0, 2, 3, 4, 1)
+        if passes_once(voxels, self.expand.out_features):
+            voxels = inverted_bottleneck(
+                voxels, x.permute(0, 2, 3, 4, 1), self.norm.weight, self.norm.bias, self.norm.eps,
+                self.expand.weight, self.expand.bias, self.compress.weight, self.compress.bias,
+            )
+            return voxels.permute(0, 4, 1, 2, 3)
         voxels = self.compress(F.gelu(self.expand(self.norm(voxels))))
         return x + voxels.permute(0, 4, 1, 2, 3)
 

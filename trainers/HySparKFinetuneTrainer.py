@@ -10,8 +10,11 @@ import numpy as np
 import torch
 import torch._dynamo
 from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_hyspark.heap import keep_freed_memory
 from nnunetv2_hyspark.networks.segmentation import HySparKUNet
 from nnunetv2_hyspark.training.checkpoints import LATEST, checkpoints_in
 from nnunetv2_hyspark.training.distributed import any_process, only_on_first
@@ -41,6 +44,21 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         if isinstance(network, HySparKUNet):
             network.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
         self.first_weights = next(network.parameters()).detach().clone()
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """nnU-Net's; the one function of a trainer that ``nnUNetv2_predict`` calls, so memory is seen to here."""
+        if not torch.cuda.is_available():
+            keep_freed_memory()
+        return HySparKTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
 
     def load_pretrained(self, filename: str) -> None:
         """Loads the encoder of a checkpoint and reports what was loaded, adapted, left fresh and skipped: in the log,

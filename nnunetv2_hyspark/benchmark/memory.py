@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..heap import keep_freed_memory
+
 
 def _status_gb(key: str) -> float:
     """An entry of Linux's process status in GB. ``ru_maxrss`` will not do: a child inherits its parent's peak."""
@@ -16,6 +18,7 @@ def _status_gb(key: str) -> float:
 
 
 def _peak_of(run: Callable[[], Callable[[], object]], connection) -> None:
+    keep_freed_memory()
     step = run()
     before = _status_gb("VmRSS")
     step()

@@ -21,6 +21,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from ..heap import keep_freed_memory
 from ..networks.topology import architecture_of
 from ..transfer.description import describe, fingerprint_digest
 from ..transfer.reading import read_checkpoint
@@ -97,6 +98,8 @@ class HySparKTrainer(nnUNetTrainer):
             self.device = process_device(device)
             if self.device.type != "cuda":
                 self.grad_scaler = None
+        if self.device.type == "cpu":
+            keep_freed_memory()
         options = getattr(self.settings, self.stage)
         self.initial_lr = options.learning_rate
         self.weight_decay = options.weight_decay

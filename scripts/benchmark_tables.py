@@ -35,8 +35,9 @@ that with a backward pass, per second, over this machine's measured arithmetic: 
 multiplication and a 3x3x3 convolution of 128 channels. `GB` are the bytes that the operations of all that was timed
 read and write, each counting its input and output tensors in full; caches are not modelled, so this is an upper bound
 of their traffic to main memory, without the work buffers inside an operation. `of copy` is that count per second over
-this machine's measured copy; above 100 % much of it stayed in the caches. Memory is the rise of the resident set (CPU)
-during one step in a fresh process, above weights and data.
+this machine's measured copy; above 100 % much of it stayed in the caches. On CPUs freed memory stays in the process,
+for all variants, as in trainings (`heap.py`); with the system's own habit of clearing pages dense maps lose most. Memory
+is the rise of the resident set (CPU) during one step in a fresh process, above weights and data.
 
 What was never measured: anything on a GPU.
 """
@@ -72,13 +73,14 @@ def segmentation_rows(title: str, table: dict[str, dict[str, Any]]) -> list[str]
     lines = [
         f"**{title}**", "",
         "| network | million parameters | median s | x HySparKUNet | million voxels/s | GMAC | of peak | GB | "
-        "of copy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "of copy | peak memory, GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in table.items():
         lines.append(
             f"| {name} | {row['million_parameters']:.1f} | {row['median_s']:.2f} | "
-            f"{row['ratio_to_HySparKUNet']:.2f} | {row['million_voxels_per_second']:.2f} | {counted(row)} |"
+            f"{row['ratio_to_HySparKUNet']:.2f} | {row['million_voxels_per_second']:.2f} | {counted(row)} | "
+            f"{cell(row, 'memory_gb', '.2f')} |"
         )
     return [*lines, ""]
 

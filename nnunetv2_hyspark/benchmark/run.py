@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..geometry import as_size3, volume
+from ..heap import keep_freed_memory
 from ..masking import count_visible
 from ..precision import exact_float32
 from ..pretext.hyspark import reconstruction_loss
@@ -34,7 +35,7 @@ from .request import (
     make_step,
     variants,
 )
-from .segmentation import networks, parameters, segmentation_loss
+from .segmentation import make_segmentation, networks, parameters, segmentation_run
 from .sweep import sweep
 from .tables import convolutions_table, loading_table, summary, sweep_table, table
 from .timing import ceilings, interleave
@@ -116,12 +117,14 @@ def measure(
     """
     check(request, what, ratios, points)
     device = torch.device(request.device)
+    memory_is_kept = device.type == "cpu" and keep_freed_memory()  # as the trainers do
     top = ceilings(device, PRECISIONS[request.precision])
     results: dict[str, Any] = {
         "request": asdict(request),
         "machine": {
             "processor": processor_name(),
             "threads": torch.get_num_threads(),
+            "freed_memory_is_kept": memory_is_kept,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
         "versions": package_versions(),
@@ -192,25 +195,8 @@ def training_step(request: Request, top: Mapping[str, float]) -> dict[str, Any]:
 
 def segmentation(request: Request, training: bool, top: Mapping[str, float]) -> dict[str, Any]:
     """Forward and backward passes, or forwards alone, of whole segmentation networks on dense patches."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
-
-    def make(network: Any) -> Callable[[], object]:
-        network = network.to(request.device).train(training)
-        network.decoder.deep_supervision = training
-
-        def run() -> object:
-            with torch.set_grad_enabled(training and torch.is_grad_enabled()), autocast(request):
-                outputs = network(image)
-            if training and torch.is_grad_enabled():
-                network.zero_grad(set_to_none=True)
-                segmentation_loss(outputs).backward()
-            return outputs
-
-        return run
-
     made = networks(request)
-    runs = {name: make(network) for name, network in made.items()}
+    runs = {name: segmentation_run(request, network, training) for name, network in made.items()}
     timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))
     gmac = {name: forward_gmac(run) for name, run in runs.items()}
     gb = {name: counted_gb(run) for name, run in runs.items()}
@@ -219,6 +205,8 @@ def segmentation(request: Request, training: bool, top: Mapping[str, float]) -> 
     for name, row in rows.items():
         row["million_parameters"] = parameters(made[name])
         row["million_voxels_per_second"] = voxels / row["median_s"] / 1e6
+        make = functools.partial(make_segmentation, request, name, training)
+        row["memory_gb"] = peak_gb(make, torch.device(request.device))
     return rows
 
 

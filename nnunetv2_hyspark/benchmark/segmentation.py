@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
 from ..networks.segmentation import HySparKUNet
-from .request import Request
+from .request import Request, autocast
 
 CLASSES = 4
 RESENC_STAGES = 6
@@ -65,3 +65,26 @@ def parameters(network: nn.Module) -> float:
 def segmentation_loss(outputs: list[torch.Tensor]) -> torch.Tensor:
     """A stand-in with a gradient at every output; the loss proper is nnU-Net's for both networks."""
     return torch.stack([output.float().square().mean() for output in outputs]).sum()
+
+
+def segmentation_run(request: Request, network: Any, training: bool) -> Callable[[], object]:
+    """Forward and backward pass of a network on a dense patch, or its forward pass alone."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
+    network = network.to(request.device).train(training)
+    network.decoder.deep_supervision = training
+
+    def run() -> object:
+        with torch.set_grad_enabled(training and torch.is_grad_enabled()), autocast(request):
+            outputs = network(image)
+        if training and torch.is_grad_enabled():
+            network.zero_grad(set_to_none=True)
+            segmentation_loss(outputs).backward()
+        return outputs
+
+    return run
+
+
+def make_segmentation(request: Request, name: str, training: bool) -> Callable[[], object]:
+    """:func:`segmentation_run` of a network of :func:`networks`."""
+    return segmentation_run(request, networks(request)[name], training)

@@ -48,17 +48,18 @@ def summary(
 def table(title: str, rows: Mapping[str, Any]) -> str:
     """Lines of one measurement."""
     ratio = next(key for key in next(iter(rows.values())) if key.startswith("ratio_to_"))
+    with_memory = all("memory_gb" in row for row in rows.values())
     against = f"x {ratio.removeprefix('ratio_to_')}"
     lines = [
         f"{title}:",
         f"  {'variant':<15}{'median s':>10}{'min':>9}{'max':>9}{against:>15}{'GMAC':>9}{'of peak':>9}{'GB':>9}"
-        f"{'of copy':>9}",
+        f"{'of copy':>9}" + (f"{'peak GB':>9}" if with_memory else ""),
     ]
     for variant, row in rows.items():
         lines.append(
             f"  {variant:<15}{row['median_s']:>10.3f}{row['min_s']:>9.3f}{row['max_s']:>9.3f}{row[ratio]:>15.2f}"
             f"{row['forward_gmac']:>9.1f}{row['share_of_peak']:>9.0%}{row['counted_gb']:>9.2f}"
-            f"{row['share_of_copy_ceiling']:>9.0%}"
+            f"{row['share_of_copy_ceiling']:>9.0%}" + (f"{row['memory_gb']:>9.2f}" if with_memory else "")
         )
     return "\n".join(lines)
 

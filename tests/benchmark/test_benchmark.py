@@ -161,6 +161,7 @@ def test_segmentation_networks_are_compared_with_their_sizes():
     forward = segmentation(Request(size=(64, 64, 64), base_width=8, repeats=1), training=False, top=CEILINGS)
     assert all(forward[name]["median_s"] < rows[name]["median_s"] for name in rows)
     assert all(2 * forward[name]["counted_gb"] < rows[name]["counted_gb"] for name in rows)
+    assert all(0 < forward[name]["memory_gb"] < rows[name]["memory_gb"] for name in rows)
 
 
 def test_networks_of_the_paper_and_of_nnunet_have_the_sizes_stated():

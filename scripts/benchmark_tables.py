@@ -36,8 +36,8 @@ multiplication and a 3x3x3 convolution of 128 channels. `GB` are the bytes that 
 read and write, each counting its input and output tensors in full; caches are not modelled, so this is an upper bound
 of their traffic to main memory, without the work buffers inside an operation. `of copy` is that count per second over
 this machine's measured copy; above 100 % much of it stayed in the caches. On CPUs freed memory stays in the process,
-for all variants, as in trainings (`heap.py`); with the system's own habit of clearing pages dense maps lose most. Memory
-is the rise of the resident set (CPU) during one step in a fresh process, above weights and data.
+for all variants, as in trainings (`heap.py`); where the system clears pages for every large map, dense maps lose most.
+Memory is the rise of the resident set (CPU) during one step in a fresh process, above weights and data.
 
 What was never measured: anything on a GPU.
 """

@@ -50,8 +50,8 @@ class HySparKConfig:
     decoder: str = field(
         default="reconstruction",
         metadata={"choices": ("reconstruction", "segmentation"), "help": "who reconstructs: the paper's decoder, which "
-                  "is dropped afterwards; or the segmentation network's own, which fine-tuning takes over and for "
-                  "which decoder_width, fuse_finest, skips and decoder_norm mean nothing (not in the paper)"},
+                  "is dropped afterwards; or the segmentation network's own, which fine-tuning takes over and "
+                  "which has no decoder_width, fuse_finest, skips and decoder_norm (not in the paper)"},
     )
     decoder_width: int = field(
         default=0,

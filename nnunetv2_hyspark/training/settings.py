@@ -15,6 +15,9 @@ from .finetuning import FinetuningConfig
 
 Stage = Literal["pretraining", "finetuning"]
 
+_OF_THE_PAPER_S_DECODER = ("decoder_width", "fuse_finest", "skips", "decoder_norm")
+"""Keys of the pre-training that the segmentation network's decoder has no use for."""
+
 _NOT_SETTINGS = ("memory", "checkpoint")
 """Keys of a configuration's ``"hyspark"`` block in which planners leave word."""
 
@@ -54,8 +57,8 @@ def resolve_settings(
         environment: where the variable is looked up.
 
     Raises:
-        ValueError: for unknown keys, values out of range, or architecture keys that contradict a plan which already
-            fixes the network.
+        ValueError: for unknown keys, values out of range, values that would have no effect, or architecture keys that
+            contradict a plan which already fixes the network.
     """
     block = configuration.get("hyspark", {})
     if not isinstance(block, Mapping):
@@ -71,6 +74,8 @@ def resolve_settings(
     defaults = {"architecture": ArchitectureConfig(), "pretraining": HySparKConfig(), "finetuning": FinetuningConfig()}
     sections, explicit = resolve(defaults, stage, ["architecture"], sources)
     settings = Settings(**sections, checkpoint=remembered_checkpoint(block, configuration_name))
+    if stage == "pretraining":
+        _check_decoder(settings.pretraining)
     fixed = sorted(key for key in explicit if key.startswith("architecture."))
     architecture = configuration.get("architecture", {})
     if fixed and architecture.get("network_class_name") == NETWORK_CLASS:
@@ -84,3 +89,16 @@ def resolve_settings(
                 f"same settings, or leave them out."
             )
     return settings
+
+
+def _check_decoder(options: HySparKConfig) -> None:
+    if options.decoder != "segmentation":
+        return
+    default = HySparKConfig()
+    idle = [key for key in _OF_THE_PAPER_S_DECODER if getattr(options, key) != getattr(default, key)]
+    if idle:
+        said = ", ".join(f"{key}={getattr(options, key)}" for key in idle)
+        raise ValueError(
+            f"{said} is set together with decoder=segmentation, the segmentation network's own decoder, which has no "
+            f"such setting; leave {'it' if len(idle) == 1 else 'them'} out, or set decoder=reconstruction."
+        )

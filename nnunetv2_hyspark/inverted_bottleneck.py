@@ -72,21 +72,26 @@ class _InvertedBottleneck(torch.autograd.Function):
         width = voxels.shape[-1]
         rows, grad_rows = voxels.reshape(-1, width), grad_output.reshape(-1, width)
         grad_voxels = torch.empty_like(rows)
+        trained = any(ctx.needs_input_grad[2:])
         grads = [torch.zeros_like(p) for p in (norm_weight, norm_bias, expand, expand_bias, compress)]
         grad_norm_weight, grad_norm_bias, grad_expand, grad_expand_bias, grad_compress = grads
         for part in _parts(len(rows), len(expand)):
             x, grad = rows[part], grad_rows[part]
             normed, mean, rstd = torch.native_layer_norm(x, (width,), norm_weight, norm_bias, ctx.eps)
             expanded = linear(normed, expand, expand_bias)
-            grad_compress += _weight_gradient(grad, F.gelu(expanded))
             grad_expanded = torch.ops.aten.gelu_backward(linear(grad, compress.T), expanded)
-            grad_expand += _weight_gradient(grad_expanded, normed)
-            grad_expand_bias += grad_expanded.sum(0)
             grad_voxels[part], of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-                linear(grad_expanded, expand.T), x, (width,), mean, rstd, norm_weight, norm_bias, [True, True, True]
+                linear(grad_expanded, expand.T), x, (width,), mean, rstd, norm_weight, norm_bias,
+                [True, trained, trained],
             )
-            grad_norm_weight += of_weight
-            grad_norm_bias += of_bias
+            if trained:
+                grad_compress += _weight_gradient(grad, F.gelu(expanded))
+                grad_expand += _weight_gradient(grad_expanded, normed)
+                grad_expand_bias += grad_expanded.sum(0)
+                grad_norm_weight += of_weight
+                grad_norm_bias += of_bias
+        if not trained:
+            return grad_voxels.reshape(voxels.shape), grad_output, *[None] * 7
         return (
             grad_voxels.reshape(voxels.shape), grad_output, grad_norm_weight, grad_norm_bias, None, grad_expand,
             grad_expand_bias, grad_compress, grad_rows.sum(0),

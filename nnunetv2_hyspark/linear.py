@@ -6,6 +6,10 @@ does not use their AVX-512 units. A linear layer is a convolution with a kernel 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,11 +18,25 @@ from torch.nn import functional as F
 IMAGES = 16
 
 
+_BY_PYTORCH: ContextVar[bool] = ContextVar("layer_by_layer", default=False)
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Computes by PyTorch's layers alone, as on GPUs, whose memory is counted on the CPU."""
+    token = _BY_PYTORCH.set(True)
+    try:
+        yield
+    finally:
+        _BY_PYTORCH.reset(token)
+
+
 def runs_on_onednn(x: torch.Tensor) -> bool:
-    """Whether oneDNN can serve for an input: on CPUs, in float32, without autocast (in which memory on GPUs is counted)
-    or compiler."""
+    """Whether oneDNN can serve for an input: on CPUs, in float32, without autocast or compiler, and not inside
+    :func:`layer_by_layer`."""
     return (
         not torch.compiler.is_compiling()  # first, because compilers cannot look into the rest
+        and not _BY_PYTORCH.get()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() > 0

@@ -35,9 +35,10 @@ that with a backward pass, per second, over this machine's measured arithmetic: 
 multiplication and a 3x3x3 convolution of 128 channels. `GB` are the bytes that the operations of all that was timed
 read and write, each counting its input and output tensors in full; caches are not modelled, so this is an upper bound
 of their traffic to main memory, without the work buffers inside an operation. `of copy` is that count per second over
-this machine's measured copy; above 100 % much of it stayed in the caches. On CPUs freed memory stays in the process,
-for all variants, as in trainings (`heap.py`); where the system clears pages for every large map, dense maps lose most.
-Memory is the rise of the resident set (CPU) during one step in a fresh process, above weights and data.
+this machine's measured copy; above 100 % much of it stayed in the caches. Where it says that freed memory was kept, it
+was so for all variants, as in trainings on CPUs (`heap.py`); otherwise the system clears pages anew for every large
+map, which costs dense maps most. Memory is the rise of the resident set (CPU) during one step in a fresh process, above
+weights and data.
 
 What was never measured: anything on a GPU.
 """
@@ -128,6 +129,7 @@ def section(figures: dict[str, Any], plot: str) -> list[str]:
     request, machine, top = figures["request"], figures["machine"], figures["ceilings"]
     size = "x".join(map(str, request["size"]))
     planned = request.get("planned")
+    kept = ", freed memory kept" if machine.get("freed_memory_is_kept") else ""
     network = f"{planned['configuration']} of {Path(planned['plans']).name}, " if planned else ""
     lines = [
         f"## {machine['gpu'] or machine['processor']}: {network}{size}, batch {request['batch']}, "
@@ -135,7 +137,7 @@ def section(figures: dict[str, Any], plot: str) -> list[str]:
         "",
         f"    {figures['command']}",
         "",
-        f"{machine['threads']} threads; arithmetic {top['peak_gflops']:.0f} GFLOP/s, copy "
+        f"{machine['threads']} threads{kept}; arithmetic {top['peak_gflops']:.0f} GFLOP/s, copy "
         f"{top['copy_gbs']:.1f} GB/s; torch {figures['versions']['torch']}, Python {figures['versions']['python']}.",
         "",
         f"![What was measured]({plot})",

@@ -26,6 +26,7 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
+from nnunetv2_hyspark.linear import layer_by_layer
 from nnunetv2_hyspark.networks.segmentation import HySparKUNet
 from nnunetv2_hyspark.networks.topology import ArchitectureConfig, derive_arch_kwargs
 from nnunetv2_hyspark.planning.memory import CONTEXT_BYTES, GB, device_bytes
@@ -143,7 +144,7 @@ def cpu_peak(step: Callable[[], None]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with layer_by_layer(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             step()
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]

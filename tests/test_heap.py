@@ -27,7 +27,9 @@ print(max(faults() for _ in range(3)))
 
 
 def is_glibc() -> bool:
-    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    """Whether malloc is glibc's, and no other one is loaded before it."""
+    found = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    return found and not os.environ.get("LD_PRELOAD")
 
 
 def measure(how: str, numbers: int, **environment: str) -> tuple[str, int]:
@@ -92,3 +94,33 @@ def test_a_release_that_takes_no_large_threshold_keeps_all(monkeypatch):
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: Library())
     assert heap.keep_freed_memory() is True
     assert calls == [(heap.M_MMAP_THRESHOLD, 2**30), (heap.M_MMAP_MAX, 0), (heap.M_TRIM_THRESHOLD, -1)]
+
+
+GIVE_BACK = """
+import torch
+from nnunetv2_hyspark.heap import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    with open("/proc/self/status") as stream:
+        return next(int(line.split()[1]) for line in stream if line.startswith("VmRSS:"))
+
+keep_freed_memory()
+before = resident()
+torch.ones(2**26)
+kept = resident() - before
+give_back_freed_memory()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not is_glibc(), reason="malloc is not glibc's")
+def test_what_is_kept_can_be_given_back():
+    """256 MB in kB."""
+    done = subprocess.run([sys.executable, "-c", GIVE_BACK], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 200_000 and left < 50_000
+
+
+def test_nothing_is_given_back_elsewhere(monkeypatch):
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
+    heap.give_back_freed_memory()

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnunetv2_hyspark.linear import IMAGES, Linear, images_for, linear, use_linear
+from nnunetv2_hyspark.linear import IMAGES, Linear, images_for, layer_by_layer, linear, use_linear
 from nnunetv2_hyspark.networks.vit import ViT
 
 SHAPES = [(5,), (7, 5), (2, 3, 5), (4, 3, 4, 2, 5), (16, 5), (1, 1, 5)]
@@ -54,6 +54,9 @@ def test_where_it_serves(threads, odd):
     assert not images_for(torch.randn(16, 3, dtype=torch.bfloat16))
     with torch.autocast("cpu"):
         assert not images_for(torch.randn(16, 3))
+    with layer_by_layer():
+        assert not images_for(torch.randn(16, 3))
+    assert bool(images_for(torch.randn(16, 3))) == torch.backends.mkldnn.is_available()
     assert not images_for(torch.randn(0, 3))
     assert not images_for(torch.randn(16, 3, device="meta"))
     assert Linear(3, 2)(torch.randn(0, 3)).shape == (0, 2)

@@ -75,10 +75,11 @@ def segmentation_run(request: Request, network: Any, training: bool) -> Callable
     network.decoder.deep_supervision = training
 
     def run() -> object:
+        if training and torch.is_grad_enabled():
+            network.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(training and torch.is_grad_enabled()), autocast(request):
             outputs = network(image)
         if training and torch.is_grad_enabled():
-            network.zero_grad(set_to_none=True)
             segmentation_loss(outputs).backward()
         return outputs
 

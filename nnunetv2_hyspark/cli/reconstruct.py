@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
     import torch
 
+    from ..heap import keep_freed_memory
     from ..training.pictures import save_reconstruction_picture
     from ..training.whole_image import (
         load_pretrained_model,
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> None:
     from .device import pick_device
 
     device = torch.device(pick_device(options.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     model = load_pretrained_model(options.checkpoint, device)
     ratio = model.options.mask_ratio if options.mask_ratio is None else options.mask_ratio
     image = prepare_image(model, options.image)

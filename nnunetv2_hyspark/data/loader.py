@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..geometry import Size3
+from ..heap import give_back_freed_memory
 from .cases import corner_around, foreground_voxels, image_shape, random_corner, read_crop
 
 DrawMask = Callable[[torch.Generator], torch.Tensor]
@@ -292,6 +293,8 @@ class Batches:
             self._watch.waiting = False
 
     def _start(self) -> Iterator:
+        if self.loader.num_workers:
+            give_back_freed_memory()
         self._iterator = iter(self.loader)
         self._watch = WorkerWatch.install() if self.loader.num_workers else None
         return self._iterator

@@ -24,11 +24,20 @@ def upsample_and_fuse(x: torch.Tensor, skip: torch.Tensor, up: nn.ConvTranspose3
 
     Returns:
         ``(B, O, d * s0, h * s1, w * s2)``.
+
+    Raises:
+        ValueError: if the skip has another size.
     """
+    stride = as_size3(up.stride)
+    size = tuple(n * s for n, s in zip(x.shape[2:], stride))
+    if tuple(skip.shape[2:]) != size:
+        raise ValueError(
+            f"the skip feature has {tuple(skip.shape[2:])} voxels; expected {size}, the coarse feature's times the "
+            f"stride {stride}; give images whose size the network's strides divide."
+        )
     if not runs_on_onednn(x) or up.bias is None or fuse.bias is None:
         return fuse(torch.cat([up(x), skip], dim=1))
     batch, inputs, *coarse = x.shape
-    stride = as_size3(up.stride)
     of_up, of_skip = fuse.weight.flatten(1).split([up.out_channels, skip.shape[1]], dim=1)
     merged = torch.einsum("ou,iuxyz->xyzoi", of_up, up.weight).reshape(-1, inputs)
     upsampled = linear(x.permute(0, 2, 3, 4, 1), merged).reshape(batch, *coarse, *stride, -1)

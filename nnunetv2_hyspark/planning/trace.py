@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..linear import layer_by_layer
+
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
 
 
@@ -89,11 +91,13 @@ class _CudaPolicy(TorchFunctionMode):
 
 @contextmanager
 def precision(mixed: bool) -> Iterator[None]:
-    """float32, or the precision of ``torch.autocast("cuda")`` for CPU tensors; bfloat16 stands for either half."""
+    """float32, or the precision of ``torch.autocast("cuda")`` for CPU tensors; bfloat16 stands for either half. Layers
+    are computed as on GPUs."""
     if not mixed:
-        yield
+        with layer_by_layer():
+            yield
         return
-    with _CudaPolicy(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with layer_by_layer(), _CudaPolicy(), torch.autocast("cpu", dtype=torch.bfloat16):
         yield
 
 

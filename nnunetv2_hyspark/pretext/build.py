@@ -25,10 +25,7 @@ def default_decoder_width(features_per_stage: Sequence[int]) -> int:
 
 
 def with_decoder_width(config: HySparKConfig, arch_kwargs: Mapping[str, Any]) -> HySparKConfig:
-    """The settings with the decoder's width as a number, so that a checkpoint tells it whatever the default becomes;
-    the segmentation network's decoder has the width of that network."""
-    if config.decoder == "segmentation":
-        return config
+    """The settings with the decoder's width as a number, so that a checkpoint tells it whatever the default becomes."""
     width = config.decoder_width or default_decoder_width(arch_kwargs["features_per_stage"])
     return replace(config, decoder_width=width)
 

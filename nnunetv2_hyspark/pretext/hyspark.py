@@ -51,7 +51,7 @@ class HySparKConfig:
         default="reconstruction",
         metadata={"choices": ("reconstruction", "segmentation"), "help": "who reconstructs: the paper's decoder, which "
                   "is dropped afterwards; or the segmentation network's own, which fine-tuning takes over and "
-                  "which has no decoder_width, fuse_finest, skips and decoder_norm (not in the paper)"},
+                  "which has no fuse_finest, skips and decoder_norm, and its own width (not in the paper)"},
     )
     decoder_width: int = field(
         default=0,

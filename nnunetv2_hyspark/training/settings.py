@@ -15,8 +15,9 @@ from .finetuning import FinetuningConfig
 
 Stage = Literal["pretraining", "finetuning"]
 
-_OF_THE_PAPER_S_DECODER = ("decoder_width", "fuse_finest", "skips", "decoder_norm")
-"""Keys of the pre-training that the segmentation network's decoder has no use for."""
+_OF_THE_PAPER_S_DECODER = ("fuse_finest", "skips", "decoder_norm")
+"""Keys of the pre-training that the segmentation network's decoder has no use for. ``decoder_width`` is another one,
+but runs store it as a number whoever decodes."""
 
 _NOT_SETTINGS = ("memory", "checkpoint")
 """Keys of a configuration's ``"hyspark"`` block in which planners leave word."""

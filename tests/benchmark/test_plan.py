@@ -59,7 +59,7 @@ def request_of(file: Path, name: str = "3d_fullres", **changes) -> Request:
 
 def test_the_plan_s_decoder(tmp_path):
     """The step by default has the plan's, also in the references; the official one has its own."""
-    file = write_plans(tmp_path, True, {"pretraining": {"decoder": "segmentation", "skips": "add"}})
+    file = write_plans(tmp_path, True, {"pretraining": {"decoder": "segmentation"}})
     request = request_of(file, batch=1)
     assert isinstance(build(request, "blocks")[0].reconstruction, TransferableDecoder)
     assert set(check_agreement(request)["loss"]) == set(VARIANTS)

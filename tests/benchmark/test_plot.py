@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_tables.py"
 HEAD = {
     "request": {"size": [32, 32, 32], "batch": 1, "mask_ratio": 0.75, "precision": "float32", "step": "default",
                 "base_width": 8},
-    "machine": {"processor": "A processor", "threads": 1, "gpu": None},
+    "machine": {"processor": "A processor", "threads": 1, "gpu": None, "freed_memory_is_kept": True},
     "versions": {"torch": "2", "python": "3"},
     "ceilings": CEILINGS,
     "command": "hyspark benchmark",
@@ -32,7 +32,7 @@ def everything() -> dict:
     counts = dict.fromkeys(TIMINGS.seconds, 1.0)
     rows, bare = summary(TIMINGS, CEILINGS, counts, counts, 3), summary(TIMINGS, CEILINGS)
     network = {**rows["blocks"], "ratio_to_HySparKUNet": 1.0, "million_parameters": 1.0,
-               "million_voxels_per_second": 2.0}
+               "million_voxels_per_second": 2.0, "memory_gb": 1.25}
     planned = {"plans": "/somewhere/nnUNetHySparKPlans.json", "configuration": "3d_fullres"}
     return {
         **HEAD,
@@ -91,6 +91,8 @@ def test_the_page_shows_tables_and_plots(tmp_path, monkeypatch):
     assert "## A processor: 3d_fullres of nnUNetHySparKPlans.json, 32x32x32" in page
     assert "| blocks | 1.25 | 1.00 | 1.50 | 1.00 | 1.0 | 5% | 1.00 | 8% |" in page
     assert "| blocks | 1.25 | 1.00 | 1.50 | 1.00 |  |  |  |  |" in page
+    assert "1 threads, freed memory kept; arithmetic" in page
+    assert "| HySparKUNet | 1.0 | 1.25 | 1.00 | 2.00 | 1.0 | 5% | 1.00 | 8% | 1.25 |" in page
     assert "| 32x32x32 | 1 | 1.25 | 3.50 | 2.83 | 1.25 | 3.50 | 2.83 |" in page
     assert "| 64x64x64 | 9 | out of memory |" in page
     assert "| 0 | full | blocks | 5x8x2x2x2 | 3x3x3 | gathered | 100.00 | 1.00 | 100.00 | 1.00 |" in page

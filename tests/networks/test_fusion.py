@@ -74,6 +74,7 @@ def test_where_layers_run_one_after_the_other(case):
         torch.testing.assert_close(out, fuse(torch.cat([up(x), skip], 1)))
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 def test_nothing_is_concatenated_in_float32():
     with Operations() as ran:
         out = upsample_and_fuse(*maps((2, 2, 2)), *layers((2, 2, 2)))
@@ -81,6 +82,15 @@ def test_nothing_is_concatenated_in_float32():
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+@pytest.mark.parametrize("size", [(4, 4, 8), (2, 4, 8), (4, 6, 16)])
+def test_a_skip_of_another_size_is_refused(size):
+    """Also one with as many voxels."""
+    up, fuse = layers((2, 2, 2))
+    with pytest.raises(ValueError, match=r"the skip feature has .* voxels; expected \(4, 6, 8\)"):
+        upsample_and_fuse(maps((2, 2, 2))[0], torch.randn(2, 6, *size), up, fuse)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_kernel_of_one_keeps_channels_last_memory(batch, threads):

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from nnunetv2_hyspark.linear import layer_by_layer
 from nnunetv2_hyspark.networks.segmentation import HySparKUNet
 from nnunetv2_hyspark.planning.fitting import TargetTooSmall, fit, fit_patch
 from nnunetv2_hyspark.planning.memory import Line, MemoryModel, device_bytes
@@ -20,7 +21,7 @@ def test_counted_bytes_of_pretraining_are_those_of_a_real_step():
     network = build_hyspark(1, small_arch_kwargs(), config)
     image = torch.randn(2, 1, *PATCH)
     visible = network.draw_mask(2, PATCH, config.mask_ratio, torch.Generator().manual_seed(0))
-    with LiveBytes() as live:
+    with layer_by_layer(), LiveBytes() as live:
         reconstruction_loss(image, network(image, visible), visible).backward()
     traced = trace_pretraining(1, small_arch_kwargs(), config, PATCH, 2, mixed=False)
     real = live.peak + traced.weights + image.nbytes
@@ -36,7 +37,7 @@ def test_counted_bytes_hold_what_autograd_keeps():
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with layer_by_layer(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = network(torch.randn(2, 2, *PATCH))
     assert len(outputs) == 3
     traced = trace_finetuning(2, 3, small_arch_kwargs(), PATCH, 2, mixed=False)
@@ -46,8 +47,9 @@ def test_counted_bytes_hold_what_autograd_keeps():
     assert traced.peak / sum(kept.values()) == pytest.approx(1.136, abs=0.045)
 
 
-def test_mixed_precision_needs_less():
-    exact, mixed = (trace_finetuning(1, 3, small_arch_kwargs(), PATCH, 2, m).peak for m in (False, True))
+@pytest.mark.parametrize("patch", [PATCH, (64, 64, 64)])
+def test_mixed_precision_needs_less(patch):
+    exact, mixed = (trace_finetuning(1, 3, small_arch_kwargs(), patch, 2, m).peak for m in (False, True))
     assert 0.4 * exact < mixed < 0.95 * exact
 
 

@@ -19,7 +19,7 @@ def test_no_block_leaves_the_defaults() -> None:
     )
 
 
-@pytest.mark.parametrize("setting", ["decoder_width=48", "fuse_finest=false", "skips=add", "decoder_norm=batch"])
+@pytest.mark.parametrize("setting", ["fuse_finest=false", "skips=add", "decoder_norm=batch"])
 def test_what_the_segmentation_decoder_has_no_use_for_is_refused(setting) -> None:
     environment = {"nnUNet_hyspark": f"decoder=segmentation,{setting}"}
     with pytest.raises(ValueError, match=f"{setting.split('=')[0]}=.* is set together .* leave it out"):
@@ -29,9 +29,14 @@ def test_what_the_segmentation_decoder_has_no_use_for_is_refused(setting) -> Non
 
 
 def test_a_plan_s_value_can_be_taken_back() -> None:
-    """A plan made for the paper's decoder may fix its width; 0 is the default."""
-    block = {"hyspark": {"pretraining": {"decoder_width": 768}}}
-    with pytest.raises(ValueError, match="decoder_width=768 is set together with decoder=segmentation"):
+    block = {"hyspark": {"pretraining": {"skips": "none", "decoder_norm": "batch"}}}
+    with pytest.raises(ValueError, match="skips=none, decoder_norm=batch is set together .* leave them out"):
         resolve_settings(block, "3d_fullres", "pretraining", {"nnUNet_hyspark": "decoder=segmentation"})
-    taken_back = {"nnUNet_hyspark": "decoder=segmentation,decoder_width=0"}
-    assert resolve_settings(block, "3d_fullres", "pretraining", taken_back).pretraining.decoder_width == 0
+    taken_back = {"nnUNet_hyspark": "decoder=segmentation,skips=concatenate,decoder_norm=instance"}
+    assert resolve_settings(block, "3d_fullres", "pretraining", taken_back).pretraining.skips == "concatenate"
+
+
+def test_the_width_that_runs_store_is_taken() -> None:
+    """A run's copy of the plans holds it as a number, whoever decodes; `hyspark benchmark` reads such plans."""
+    block = {"hyspark": {"pretraining": {"decoder": "segmentation", "decoder_width": 48}}}
+    assert resolve_settings(block, "3d_fullres", "pretraining", {}).pretraining.decoder_width == 48

@@ -202,7 +202,7 @@ def shift_section(results: dict[str, Any]) -> list[str]:
 
 def cost_section(benchmarks: list[dict[str, Any]]) -> list[str]:
     """What a pre-training step of the paper's network takes, by decoder and by way to compute it."""
-    steps = [b for b in benchmarks if "step" in b]
+    steps = [b for b in benchmarks if "step" in b and "memory_gb" in b]
     if not steps:
         return []
     lines = [
@@ -215,7 +215,7 @@ def cost_section(benchmarks: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for benchmark in steps:
-        request, step, memory = benchmark["request"], benchmark["step"], benchmark.get("memory_gb", {})
+        request, step, memory = benchmark["request"], benchmark["step"], benchmark["memory_gb"]
         name = {
             "default": "the default", "official": "768 wide, as the release's",
             "segmentation": "the segmentation network's",

@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
     _check(options)
 
     import json
+    import os
     import shlex
     import sys
 
@@ -84,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
     from nnunetv2_hyspark.benchmark.sweep import sweep_points
     from nnunetv2_hyspark.cli.device import pick_device
     from nnunetv2_hyspark.geometry import as_size3
+    from nnunetv2_hyspark.heap import SET_BY_USERS
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -113,7 +115,8 @@ def run(options: argparse.Namespace) -> None:
           f"{request.mask_ratio:.0%} masked, on {device}", flush=True)
     points = sweep_points(request, sizes, options.batches)
     results = measure(request, options.what, options.ratios, points, lambda line: print(line, flush=True))
-    results["command"] = shlex.join(["hyspark", *sys.argv[1:]])
+    of_malloc = [f"{name}={os.environ[name]}" for name in (*SET_BY_USERS, "GLIBC_TUNABLES") if name in os.environ]
+    results["command"] = shlex.join([*of_malloc, "hyspark", *sys.argv[1:]])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
         print(f"written to {options.json}")

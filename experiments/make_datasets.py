@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,10 @@ def main() -> None:
     images = [str(arguments.source / "images" / f"{case}.nii.gz") for case in splits["pretrain"]]
     listing.write_text(json.dumps(images), encoding="utf-8")
     subprocess.run(
-        ["hyspark", "prepare", "-d", str(arguments.pile), "-n", f"{arguments.name}Pile", "--from", str(listing),
-         "--modality", arguments.modality],
+        [
+            str(Path(sys.executable).parent / "hyspark"), "prepare", "-d", str(arguments.pile),
+            "-n", f"{arguments.name}Pile", "--from", str(listing), "--modality", arguments.modality,
+        ],
         check=True,
     )
     write_labelled(raw / labelled, arguments.source, splits, arguments.modality, arguments.labels)

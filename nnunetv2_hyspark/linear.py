@@ -32,10 +32,11 @@ def layer_by_layer() -> Iterator[None]:
 
 
 def runs_on_onednn(x: torch.Tensor) -> bool:
-    """Whether oneDNN can serve for an input: on CPUs, in float32, without autocast or compiler, and not inside
+    """Whether oneDNN can serve for an input: on CPUs, in float32, without autocast, compiler or tracer, and not inside
     :func:`layer_by_layer`."""
     return (
         not torch.compiler.is_compiling()  # first, because compilers cannot look into the rest
+        and not torch.jit.is_tracing()  # TorchScript cannot store functions written in Python
         and not _BY_PYTORCH.get()
         and x.device.type == "cpu"
         and x.dtype == torch.float32

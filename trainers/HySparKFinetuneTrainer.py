@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_hyspark.heap import keep_freed_memory
 from nnunetv2_hyspark.networks.segmentation import HySparKUNet
-from nnunetv2_hyspark.training.checkpoints import LATEST, checkpoints_in
+from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in
 from nnunetv2_hyspark.training.distributed import any_process, only_on_first
 from nnunetv2_hyspark.training.finetuning import is_frozen, parameter_groups
 from nnunetv2_hyspark.training.refused_load import write_refusal
@@ -37,12 +38,16 @@ class HySparKFinetuneTrainer(HySparKTrainer):
 
     def initialize(self) -> None:
         """nnU-Net's; ``-pretrained_weights`` is handed to HySparK's loader by the start-up hook."""
+        # nnU-Net gives the coarsest output no weight, which is the only one where the decoder has one stage
+        if len(self.configuration_manager.network_arch_init_kwargs["strides"]) == 2:
+            self.enable_deep_supervision = False
         super().initialize()
-        self.weights_were_loaded = False
         self.bad_steps_in_a_row = 0
+        self.latest_is_due = False
+        self.best_stored = None
         network = unwrap(self.network)
         if isinstance(network, HySparKUNet):
-            network.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
+            self.hand_over_loader(network)
         self.first_weights = next(network.parameters()).detach().clone()
 
     @staticmethod
@@ -67,8 +72,8 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         report = load_pretrained_encoder(
             unwrap(self.network), filename, options.allow_partial, options.adapt_channels,
             functools.partial(write_refusal, self), options.load_decoder,
+            masks=len(self.label_manager.foreground_labels) if self.is_cascaded else 0,
         )
-        self.weights_were_loaded = True
         self.print_to_log_file(report.table(), add_timestamp=False)
         self.write_load_report(report)
 
@@ -93,9 +98,11 @@ class HySparKFinetuneTrainer(HySparKTrainer):
             self.initialize()
         goes_on = self.was_resumed or (self.continue_training and bool(checkpoints_in(self.folder)))
         if self.needs_weights and not goes_on:
+            if self.continue_training:
+                self.load_again()
             self.load_remembered()
         super().on_train_start()
-        if self.needs_weights and self.current_epoch == 0 and not self.weights_were_loaded:
+        if self.needs_weights and not goes_on and not self.weights_were_loaded:
             self.print_to_log_file(
                 "NOTE: HySparK's loader was not asked for pre-trained weights. Without -pretrained_weights this run "
                 "trains from scratch; HySparKScratchTrainer says so in its name."
@@ -216,6 +223,56 @@ class HySparKFinetuneTrainer(HySparKTrainer):
                 f"cases, lower learning_rate, and go on with --c."
             )
         return True
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's; a signal is heeded here too."""
+        result = super().validation_step(batch)
+        self.leave_if_asked()
+        return result
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Writes a checkpoint. Where the disk is full the run goes on, and tries again after the next epoch; only the
+        final one, and the one with which a run leaves, must succeed.
+
+        Raises:
+            OSError: if one of these cannot be written; the previous one is untouched.
+            RuntimeError: if weights are NaN or infinite; the previous one is untouched.
+        """
+        name = Path(filename).name
+        try:
+            super().save_checkpoint(filename)
+        except OSError as error:
+            if name == FINAL or self.must_save:
+                raise
+            self.latest_is_due = True
+            if name == BEST:
+                self._best_ema = self.best_stored
+            self.print_to_log_file(f"WARNING: {error} The run goes on and tries again after the next epoch.")
+            return
+        if name == LATEST:
+            self.latest_is_due = False
+        if name == BEST:
+            self.best_stored = self._best_ema
+
+    @property
+    def must_save(self) -> bool:
+        """Whether the run is about to end."""
+        return self.stop.received is not None or self.bad_steps_in_a_row >= self.settings.finetuning.max_bad_steps
+
+    def restore_run_state(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over what :meth:`run_state` wrote, and which best checkpoint there is."""
+        super().restore_run_state(checkpoint)
+        self.best_stored = self._best_ema
+
+    def on_epoch_end(self) -> None:
+        """nnU-Net's; after a failed attempt every epoch saves."""
+        every = self.save_every
+        if self.latest_is_due:
+            self.save_every = 1
+        try:
+            super().on_epoch_end()
+        finally:
+            self.save_every = every
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """nnU-Net's, with the mean loss of the steps that were not skipped."""

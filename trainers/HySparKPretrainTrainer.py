@@ -120,7 +120,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
                 self.options.backend, self.device, lambda why: self.print_to_log_file(f"WARNING: {why}")
             )
         )
-        self.model.hyspark_load_pretrained = functools.partial(type(self).load_pretrained, self)
+        self.hand_over_loader(self.model)
 
     def load_pretrained(self, filename: str) -> None:
         """Goes on from another pre-training, or from an imported file: loads its encoder, and its reconstruction
@@ -387,10 +387,14 @@ class HySparKPretrainTrainer(ResumableTrainer):
         results = validate_cases(
             self.model, self._images(held_out), self.patch_size, self.spacing, self.options.mask_ratio,
             self.options.seed, self.device, folder, self.print_to_log_file, self.rank, self.world_size,
+            self.options.on_broken_case == "skip",
         )
         results = [result for part in gather(results) for result in part]
         if self.rank == 0:
             means = write_summary(folder / "summary.json", results, self.options.mask_ratio)
             self.print_to_log_file("Validation complete", also_print_to_console=True)
-            self.print_to_log_file(f"Mean reconstruction loss: {means['loss']:.4f}", also_print_to_console=True)
+            if means:
+                self.print_to_log_file(f"Mean reconstruction loss: {means['loss']:.4f}", also_print_to_console=True)
+            else:
+                self.print_to_log_file("WARNING: no held-out case could be read, so there is no reconstruction loss.")
         self.leave_process_group()

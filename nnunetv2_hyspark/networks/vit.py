@@ -30,7 +30,8 @@ def sincos_position_embedding(
     if width % 6:
         raise ValueError(f"the junction is {width} channels wide; 3D sine-cosine positions need a multiple of 6.")
     per_axis = width // 6
-    omega = temperature ** -(torch.arange(per_axis, device=cell.device, dtype=torch.float64) / per_axis)
+    exact = torch.float32 if cell.device.type == "mps" else torch.float64  # Apple's GPUs have no more
+    omega = temperature ** -(torch.arange(per_axis, device=cell.device, dtype=exact) / per_axis)
     coordinates = (
         torch.div(cell, grid[1] * grid[2], rounding_mode="floor"),
         torch.div(cell, grid[2], rounding_mode="floor") % grid[1],
@@ -38,7 +39,7 @@ def sincos_position_embedding(
     )
     parts = []
     for coordinate in coordinates:
-        angle = coordinate[..., None].to(torch.float64) * omega
+        angle = coordinate[..., None].to(exact) * omega
         parts += [angle.sin(), angle.cos()]
     return torch.cat(parts, dim=-1).float()
 

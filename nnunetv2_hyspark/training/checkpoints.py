@@ -102,7 +102,10 @@ def progress_of(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 
 
 def most_advanced(folder: str | os.PathLike[str], besides: Iterable[Path] = ()) -> Path | None:
-    """The checkpoint of a folder from which a run goes on, the furthest one; a finished run's final one wins a tie.
+    """The checkpoint of a folder from which a run goes on: the furthest one.
+
+    A finished run's final one wins a tie, then the best one, because only that knows its own score: the latest one is
+    written before it.
 
     nnU-Net would take ``checkpoint_final.pth`` before all others, even where a run that was prolonged has got further.
 
@@ -111,9 +114,9 @@ def most_advanced(folder: str | os.PathLike[str], besides: Iterable[Path] = ()) 
         besides: files that turned out to be damaged.
     """
     excluded = set(besides)
-    found = [(progress_of(path), path.name == FINAL, path) for path in checkpoints_in(folder) if path not in excluded]
-    usable = [(progress, final, path) for progress, final, path in found if progress is not None]
-    return max(usable)[2] if usable else None
+    found = [(progress_of(path), path) for path in checkpoints_in(folder) if path not in excluded]
+    usable = [(progress, path.name == FINAL, path.name == BEST, path) for progress, path in found if progress]
+    return max(usable)[-1] if usable else None
 
 
 def set_aside(folder: str | os.PathLike[str], names: Iterable[str], now: datetime) -> Path | None:

@@ -28,11 +28,13 @@ def world() -> tuple[int, int]:
 def process_device(asked: torch.device) -> torch.device:
     """The device of this process: the GPU of its rank on this machine, else what was asked for.
 
-    torchrun tells the local rank; nnU-Net's ``-num_gpus`` does not, but then there is only one machine.
+    torchrun tells both ranks; nnU-Net's ``-num_gpus`` tells none, but then there is only one machine. A local rank
+    alone is something that a scheduler left behind.
     """
     if asked.type != "cuda":
         return asked
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", world()[0])))
+    launched = "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else world()[0])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -23,12 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..heap import keep_freed_memory
 from ..networks.topology import architecture_of
-from ..transfer.description import describe, fingerprint_digest
+from ..transfer.description import as_mapping, describe, description_of, fingerprint_digest
+from ..transfer.loading import hidden_differences
 from ..transfer.reading import read_checkpoint
 from ..transfer.rebuilding import reason_of
 from ..transfer.report import LoadReport
 from ..user_errors import is_user_error, show_user_errors_as_sentences
 from .checkpoints import (
+    FINAL,
     LATEST,
     checkpoints_in,
     most_advanced,
@@ -44,7 +47,8 @@ from .random_state import capture_random_state, restore_random_state
 from .settings import Settings, Stage, resolve_settings
 from .signals import StopSignals
 
-RESULTS = ("progress.png", "previews", "incidents", "validation", "debug.json", "load_report.json", "tensorboard")
+LOAD_REPORT = "load_report.json"
+RESULTS = ("progress.png", "previews", "incidents", "validation", "debug.json", LOAD_REPORT, "tensorboard")
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -62,7 +66,8 @@ class HySparKTrainer(nnUNetTrainer):
 
     Checkpoints hold plain data and are written atomically. SIGTERM, SIGINT and SIGUSR1 save and leave with status
     128 + signal. A run that starts anew in a folder with checkpoints moves these aside; one that goes on (``--c``)
-    goes on from the checkpoint that got furthest, and from the next one if that is damaged.
+    goes on from the checkpoint that got furthest, and from the next one if that is damaged. One that was stopped before
+    its first checkpoint begins again, from the same pre-trained weights if it had any.
     """
 
     stage: ClassVar[Stage]
@@ -90,6 +95,10 @@ class HySparKTrainer(nnUNetTrainer):
         own["hyspark"] = {self.stage: self.settings.as_dict(self.stage)[self.stage]}
         self.continue_training = bool(plans.get("continue_training", False))
         self.was_resumed = False
+        self.resumed_from = ""
+        self.epochs_before = 0
+        self.training_began = False
+        self.weights_were_loaded = False
         self.epoch_is_open = False
         self.claimed: TextIO | None = None
         self.stop = StopSignals()
@@ -192,30 +201,111 @@ class HySparKTrainer(nnUNetTrainer):
         """Leaves out nnU-Net's plot, which needs a package that no longer works."""
 
     def run_training(self) -> None:
-        """nnU-Net's, with signals that stop it."""
+        """nnU-Net's, with signals that stop it.
+
+        Raises:
+            SystemExit: with status 128 + signal, after saving.
+        """
         with self.stop:
-            super().run_training()
+            try:
+                super().run_training()
+            except RuntimeError:
+                # a signal to the whole process group ends the data workers too, which shows before the next step
+                if self.stop.received is not None:
+                    self.save_and_leave(wait=False)
+                raise
             self.leave_after_training()
 
     def on_train_start(self) -> None:
-        """nnU-Net's, after seeing to what is in the folder already."""
+        """nnU-Net's, after seeing to what is in the folder already.
+
+        Raises:
+            ValueError: if other folds of these results belong to another network.
+            RuntimeError: if another process trains there.
+        """
         if not self.was_initialized:
             self.initialize()
+        self._check_other_folds()
         only_on_first(self._claim_folder)
-        if self.continue_training and not self.was_resumed and checkpoints_in(self.folder):
-            self.load_checkpoint(self.folder / LATEST)
+        if self.continue_training and not self.was_resumed:
+            if checkpoints_in(self.folder):
+                self.load_checkpoint(self.folder / LATEST)
+            elif not self.weights_were_loaded:
+                self.load_again()
         if not self.was_resumed:
             only_on_first(self._set_earlier_run_aside)
+        self.training_began = True
         super().on_train_start()
+
+    def _check_other_folds(self) -> None:
+        """Prediction builds the network of every fold from one ``plans.json``, which each training writes."""
+        path = Path(self.output_folder_base) / "plans.json"
+        others = [folder for folder in path.parent.glob("fold_*") if folder != self.folder and checkpoints_in(folder)]
+        if not others or not path.is_file():
+            return
+        try:
+            configuration = json.loads(path.read_text())["configurations"][self.configuration_name]
+            theirs = as_mapping(configuration["architecture"]["arch_kwargs"])
+        except (KeyError, TypeError, ValueError):
+            return
+        ours = json.loads(json.dumps(self.configuration_manager.network_arch_init_kwargs))
+        differing = [
+            f"{key} {theirs[key]} there, {value} here" for key, value in ours.items() if theirs.get(key, value) != value
+        ]
+        if differing:
+            folds = ", ".join(sorted(folder.name for folder in others))
+            raise ValueError(
+                f"{path.parent} holds checkpoints of {folds} with another network ({'; '.join(differing)}), and "
+                f"prediction builds one network for all folds; set nnUNet_hyspark and the plans as they were there, or "
+                f"set nnUNet_results to another folder."
+            )
+
+    def load_again(self) -> None:
+        """The pre-trained weights with which this run began before it was stopped without a checkpoint."""
+        report = self.folder / LOAD_REPORT
+        try:
+            source = json.loads(report.read_text(encoding="utf-8"))["source"]
+        except (OSError, KeyError, TypeError, ValueError):
+            return
+        if not Path(source).is_file():
+            raise FileNotFoundError(
+                f"this run began from {source} and was stopped before its first checkpoint, and that file is gone; "
+                f"start it again with -pretrained_weights and without --c."
+            )
+        self.print_to_log_file(
+            f"This run was stopped before its first checkpoint; it begins again from {source}, named by {report.name}."
+        )
+        self.load_pretrained(source)
+
+    def load_pretrained(self, filename: str) -> None:
+        """Loads what ``-pretrained_weights`` names."""
+        raise NotImplementedError
+
+    def hand_over_loader(self, network: nn.Module) -> None:
+        """Lets the start-up hook find :meth:`load_pretrained` at the network. A function that holds this trainer
+        weakly, so that networks can be copied."""
+        trainer = weakref.ref(self)
+
+        def load(filename: str) -> None:
+            owner = trainer()
+            if owner is None:
+                raise RuntimeError(f"{filename} was not loaded: the trainer of this network is gone.")
+            owner.load_pretrained(filename)
+
+        network.hyspark_load_pretrained = load  # type: ignore[assignment]
 
     def _claim_folder(self) -> None:
         if self.claimed is None:
             self.claimed = claim(self.folder, self.print_to_log_file)
+        remove_partial_files(self.folder)
 
     def _set_earlier_run_aside(self) -> None:
         self._claim_folder()
-        remove_partial_files(self.folder)
+        if self.disable_checkpointing:  # nothing will stand in the place of what is there
+            return
         earlier = set_aside(self.folder, RESULTS, datetime.now())
+        if earlier is None and not self.weights_were_loaded:
+            (self.folder / LOAD_REPORT).unlink(missing_ok=True)  # of a run that left no checkpoint
         if earlier is not None:
             self.print_to_log_file(
                 f"NOTE: this folder held the checkpoints of an earlier run, and this run starts anew; they are now in "
@@ -226,8 +316,9 @@ class HySparKTrainer(nnUNetTrainer):
         """Writes ``load_report.json``; weights are loaded before the training starts, so an earlier run goes first."""
         if not self.continue_training:
             only_on_first(self._set_earlier_run_aside)
+        self.weights_were_loaded = True
         if self.local_rank == 0:
-            report.write_json(self.folder / "load_report.json")
+            report.write_json(self.folder / LOAD_REPORT)
 
     def on_epoch_start(self) -> None:
         """nnU-Net's; a checkpoint written from now on says that this epoch is not done."""
@@ -274,7 +365,8 @@ class HySparKTrainer(nnUNetTrainer):
             if wait:
                 only_on_first(lambda: None)
         where = "" if self.disable_checkpointing else f" Progress is saved in {self.folder / LATEST}."
-        self.print_to_log_file(f"Stopped by {self.stop.name}.{where} Run the same command with --c to go on.")
+        without = " and without -pretrained_weights" if self.weights_were_loaded else ""
+        self.print_to_log_file(f"Stopped by {self.stop.name}.{where} Run the same command with --c{without} to go on.")
         raise SystemExit(self.stop.exit_status)
 
     def leave_after_training(self) -> None:
@@ -317,6 +409,8 @@ class HySparKTrainer(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         """Writes a checkpoint of plain data, whole or not at all.
 
+        The final one of a run that was finished before stays.
+
         Raises:
             OSError: if it cannot be written; the previous one is untouched.
             RuntimeError: if weights are NaN or infinite; the previous one is untouched.
@@ -325,6 +419,8 @@ class HySparKTrainer(nnUNetTrainer):
             return
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        if self.was_finished and Path(filename).name == FINAL:
             return
         folder = self.preprocessed_dataset_folder_base
         weights = dict(self.checkpoint_weights())
@@ -352,6 +448,11 @@ class HySparKTrainer(nnUNetTrainer):
         }
         save_atomically(plain(checkpoint), filename)
 
+    @property
+    def was_finished(self) -> bool:
+        """Whether this run goes on from the end of its training, to be validated again."""
+        return self.resumed_from == FINAL and self.epochs_before >= self.num_epochs
+
     def _check_finite(self, weights: dict[str, torch.Tensor], path: Path) -> None:
         wrong = [n for n, t in weights.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         if wrong:
@@ -375,7 +476,7 @@ class HySparKTrainer(nnUNetTrainer):
             self.initialize()
         checkpoint: Any = filename_or_checkpoint
         if isinstance(checkpoint, (str, os.PathLike)):
-            if self.continue_training and not self.was_resumed:
+            if self.continue_training and not self.was_resumed and not self.training_began:
                 checkpoint = self._read_most_advanced(Path(checkpoint))
             else:
                 checkpoint = read_checkpoint(checkpoint)
@@ -395,10 +496,12 @@ class HySparKTrainer(nnUNetTrainer):
         expected = network.state_dict()
         weights = {name: tensor for name, tensor in checkpoint["network_weights"].items() if name in expected}
         wrong = [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]
-        if wrong:
+        problems = [f"{wrong[0]} and {len(wrong) - 1} more differ"] if wrong else []
+        problems += [text for _, text in hidden_differences(network, description_of(checkpoint))]
+        if problems:
             raise ValueError(
-                f"the checkpoint to continue from has another network ({wrong[0]} and {len(wrong) - 1} more differ); "
-                f"continue with the settings and plans of that run, or start a new one without --c."
+                f"the checkpoint to continue from has another network ({'; '.join(problems)}); continue with the "
+                f"settings and plans of that run, or start a new one without --c."
             )
         network.load_state_dict(weights)
         self.my_init_kwargs = {**self.my_init_kwargs, "fold": checkpoint["init_args"]["fold"]}
@@ -449,7 +552,7 @@ class HySparKTrainer(nnUNetTrainer):
 
     def restore_run_state(self, checkpoint: dict[str, Any]) -> None:
         """Takes over what :meth:`run_state` wrote."""
-        self.current_epoch = checkpoint["current_epoch"]
+        self.current_epoch = self.epochs_before = checkpoint["current_epoch"]
 
     def _read_most_advanced(self, named: Path) -> dict[str, Any]:
         damaged = [path for path in checkpoints_in(named.parent) if progress_of(path) is None]
@@ -470,6 +573,7 @@ class HySparKTrainer(nnUNetTrainer):
             for broken in damaged:
                 self.print_to_log_file(f"WARNING: {broken.name} is damaged and passed over.")
             epoch, step = progress_of(path) or (0, 0)
+            self.resumed_from = path.name
             self.print_to_log_file(f"Going on from {path.name}: {epoch} epochs and {step} steps are done.")
             return checkpoint
 

@@ -37,6 +37,7 @@ def validate_cases(
     log: Callable[..., None],
     first: int = 0,
     every: int = 1,
+    skip_broken: bool = False,
 ) -> list[dict[str, Any]]:
     """Reconstructs crops of every case, the first from its middle, with fixed masks, and draws the first.
 
@@ -51,21 +52,25 @@ def validate_cases(
         folder: where the pictures go.
         log: takes a line.
         first, every: which of the cases this process does; crops and masks do not depend on it.
+        skip_broken: leave out cases that cannot be read, with a warning.
 
     Returns:
         Per case ``case``, ``loss``, ``masked_mae`` (see :data:`UNITS`) and ``picture``.
+
+    Raises:
+        OSError, ValueError: if a case cannot be read.
     """
     results = []
     for index, (name, path) in list(enumerate(cases))[first::every]:
-        shape = image_shape(path)
         rng = np.random.default_rng((seed, 2, index))
-        corners = [middle_corner(shape, patch_size)]
-        if any(extent > edge for extent, edge in zip(shape, patch_size)):
-            corners += [random_corner(shape, patch_size, rng) for _ in range(CROPS_PER_CASE - 1)]
-        parts = [
-            reconstruct(network, read_crop(path, corner, patch_size), mask_ratio, int(rng.integers(2**62)), device)
-            for corner in corners
-        ]
+        try:
+            crops = _crops(path, patch_size, rng)
+        except (OSError, ValueError) as broken:
+            if not skip_broken:
+                raise
+            log(f"WARNING: {name} is left out: {broken}")
+            continue
+        parts = [reconstruct(network, crop, mask_ratio, int(rng.integers(2**62)), device) for crop in crops]
         picture = folder / f"{name}.png"
         title = f"{name}: {mask_ratio:.0%} masked, loss {parts[0].loss:.3f}"
         save_reconstruction_picture(
@@ -76,6 +81,14 @@ def validate_cases(
         results.append({"case": name, "loss": loss, "masked_mae": error, "picture": picture.name})
         log(f"reconstructed {name}: loss {loss:.4f}")
     return results
+
+
+def _crops(path: Path, patch_size: Size3, rng: np.random.Generator) -> list[np.ndarray]:
+    shape = image_shape(path)
+    corners = [middle_corner(shape, patch_size)]
+    if any(extent > edge for extent, edge in zip(shape, patch_size)):
+        corners += [random_corner(shape, patch_size, rng) for _ in range(CROPS_PER_CASE - 1)]
+    return [read_crop(path, corner, patch_size) for corner in corners]
 
 
 def evenly_spread(names: Sequence[str], limit: int) -> list[str]:
@@ -91,8 +104,8 @@ def middle_corner(shape: Size3, patch_size: Size3) -> list[int]:
 
 
 def write_summary(path: Path, results: Sequence[Mapping[str, Any]], mask_ratio: float) -> dict[str, float]:
-    """Writes ``summary.json`` and returns the means over cases."""
-    means = {key: float(np.mean([r[key] for r in results])) for key in UNITS}
+    """Writes ``summary.json`` and returns the means over cases; none where there is no case."""
+    means = {key: float(np.mean([r[key] for r in results])) for key in UNITS} if results else {}
     summary = {
         "metric_per_case": sorted(results, key=lambda r: r["case"]),
         "mean": means,

@@ -8,7 +8,9 @@ import torch
 from torch.nn import functional as F
 
 
-def adapt_channels(weight: torch.Tensor, channels: int, chosen: Sequence[int] = ()) -> tuple[torch.Tensor, str]:
+def adapt_channels(
+    weight: torch.Tensor, channels: int, chosen: Sequence[int] = (), masks: int = 0
+) -> tuple[torch.Tensor, str]:
     """The first convolution for another number, order or choice of image channels.
 
     Without a choice every new channel gets the mean of the old ones, scaled so that an image repeated in all channels
@@ -19,6 +21,8 @@ def adapt_channels(weight: torch.Tensor, channels: int, chosen: Sequence[int] = 
         weight: ``(out, in, k0, k1, k2)``.
         channels: new number of input channels.
         chosen: for every new channel an old one, from 0, or -1; empty for no choice.
+        masks: how many of the last channels hold masks of an earlier stage, not images; without a choice they get
+            zeros, and the others are adapted among themselves.
 
     Returns:
         ``(out, channels, k0, k1, k2)``, and what was done.
@@ -27,6 +31,11 @@ def adapt_channels(weight: torch.Tensor, channels: int, chosen: Sequence[int] = 
         ValueError: if the choice does not fit the numbers of channels.
     """
     old = weight.shape[1]
+    if masks and not chosen and channels != old:
+        images, how = adapt_channels(weight, channels - masks)
+        zeros = weight.new_zeros(weight.shape[0], masks, *weight.shape[2:])
+        notes = filter(None, (how, f"{masks} channel(s) of masks begin with zeros"))
+        return torch.cat([images, zeros], 1), "; ".join(notes)
     if not chosen:
         if channels == old:
             return weight, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ def load_pretrained_encoder(
     channels: Sequence[int] = (),
     on_refusal: Callable[[LoadReport], None] | None = None,
     with_decoder: bool = True,
+    masks: int = 0,
 ) -> LoadReport:
     """Reads a checkpoint file and loads its encoder; see :func:`load_encoder`.
 
@@ -47,7 +49,8 @@ def load_pretrained_encoder(
     weights = network_weights(checkpoint, filename)
     trained = ("decoder.",) if with_decoder and has_trained_decoder(description, weights) else ()
     return load_encoder(
-        network, weights, str(filename), description, allow_partial, channels, trained, on_refusal=on_refusal
+        network, weights, str(filename), description, allow_partial, channels, trained, on_refusal=on_refusal,
+        masks=masks,
     )
 
 
@@ -93,6 +96,7 @@ def load_encoder(
     optional: tuple[str, ...] = (),
     advice: str = "plan the data set like the pre-training one, or set finetuning.allow_partial=true to take what fits",
     on_refusal: Callable[[LoadReport], None] | None = None,
+    masks: int = 0,
 ) -> LoadReport:
     """Copies every ``encoder.*`` tensor into the network, adapted to its input channels and kernel sizes.
 
@@ -103,7 +107,7 @@ def load_encoder(
         description: what the checkpoint says about itself; heads and strides, which no shape shows, are compared.
         allow_partial: take what fits of an encoder of other depth, width, heads or strides. Additional blocks of a
             stage then start as the identity.
-        channels: see :func:`nnunetv2_hyspark.transfer.adaptation.adapt_channels`.
+        channels, masks: see :func:`nnunetv2_hyspark.transfer.adaptation.adapt_channels`.
         optional: prefixes of other parts that are loaded where they fit.
         advice: what to do where the two encoders differ, for the message.
         on_refusal: called with all entries, none of them loaded, before a source that does not cover the encoder is
@@ -126,7 +130,7 @@ def load_encoder(
             f"HySparKPretrainTrainer, or one converted with 'hyspark import'."
         )
     report = LoadReport(source, notes=source_notes(description or {}))
-    plan = _Plan(network, target, weights, channels, optional)
+    plan = _Plan(network, target, weights, channels, masks, optional)
     hidden = hidden_differences(network, description or {})
     problems = plan.problems() + [text for _, text in hidden]
     if problems and not allow_partial:
@@ -159,6 +163,7 @@ class _Plan:
         target: Mapping[str, torch.Tensor],
         weights: Mapping[str, torch.Tensor],
         channels: Sequence[int],
+        masks: int,
         optional: tuple[str, ...],
     ):
         self.target = target
@@ -169,11 +174,12 @@ class _Plan:
         self.reasons: dict[str, str] = {}  # why a tensor of the source cannot be used
         self.fitted: dict[str, tuple[torch.Tensor, str]] = {}
         first = image_weight(target)
+        adapt = functools.partial(adapt_channels, chosen=channels, masks=masks)
         for name in self.wanted:
             if name in weights:
                 is_first = first is not None and target[name].data_ptr() == first.data_ptr()
                 try:
-                    self.fitted[name] = _fit(weights[name], target[name], channels if is_first else (), is_first)
+                    self.fitted[name] = _fit(weights[name], target[name], adapt if is_first else None)
                 except _DoesNotFit as error:
                     self.misfits[name] = str(error)
         self.reasons.update(self.misfits)
@@ -278,7 +284,9 @@ class _DoesNotFit(ValueError):
 
 
 def _fit(
-    tensor: torch.Tensor, target: torch.Tensor, channels: Sequence[int], is_first: bool
+    tensor: torch.Tensor,
+    target: torch.Tensor,
+    adapt: Callable[[torch.Tensor, int], tuple[torch.Tensor, str]] | None,
 ) -> tuple[torch.Tensor, str]:
     if target.is_floating_point() != tensor.is_floating_point():
         raise _DoesNotFit(f"is {tensor.dtype} in the file, {target.dtype} in the network")
@@ -286,8 +294,8 @@ def _fit(
     misfit = f"is {tuple(tensor.shape)} in the file, {tuple(target.shape)} in the network"
     if tensor.ndim != target.ndim or tensor.shape[:1] != target.shape[:1]:
         raise _DoesNotFit(misfit)
-    if is_first:
-        tensor, how = adapt_channels(tensor, target.shape[1], channels)
+    if adapt is not None:
+        tensor, how = adapt(tensor, target.shape[1])
         done.append(how)
     if tensor.shape[1:2] != target.shape[1:2]:
         raise _DoesNotFit(misfit)

@@ -174,3 +174,16 @@ def test_paper_encoder_has_the_paper_s_size():
     assert network.encoder.junction_stride == (16, 16, 16)
     blocks = network.encoder.transformer.blocks
     assert len(blocks) == 3 and blocks[0].attn.num_heads == 12 and blocks[0].mlp.fc1.out_features == 4 * 384
+
+
+def test_networks_can_be_traced_and_stored_for_other_programs(plan, tmp_path, monkeypatch):
+    """TorchScript cannot hold functions written in Python, such as those that serve on CPUs otherwise."""
+    kwargs, patch = plan
+    monkeypatch.setattr("nnunetv2_hyspark.inverted_bottleneck.EXPANDED", 2**8)
+    network = build(kwargs).eval()
+    image = torch.randn(1, 2, *patch, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(image)
+        torch.jit.save(torch.jit.trace(network, image), tmp_path / "network.pt")
+        found = torch.jit.load(tmp_path / "network.pt")(image)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,10 @@ def small_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point_nnunet_
 
 @pytest.fixture
 def make_trainer(small_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Makes a trainer: ``make_trainer("key=value", continue_training=True)``; ``draw`` for progress.png."""
+    """Makes a trainer: ``make_trainer("key=value", continue_training=True)``.
+
+    ``draw`` is for progress.png, ``weights`` for ``-pretrained_weights``, ``validate`` for ``--val``.
+    """
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     threads = torch.get_num_threads()
@@ -35,14 +38,17 @@ def make_trainer(small_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         continue_training: bool = False,
         draw: bool = False,
         trainer_name: str = "HySparKPretrainTrainer",
+        fold: int = 0,
+        weights: str | None = None,
+        validate: bool = False,
     ):
         if not draw:
             monkeypatch.setattr(PretrainingLog, "plot_progress_png", lambda self, folder: None)
         monkeypatch.setenv("nnUNet_hyspark", f"{SETTINGS},{settings}".rstrip(","))
         trainer = get_trainer_from_args(
-            NAME, "3d_fullres", 0, trainer_name, "nnUNetPlans", continue_training, torch.device("cpu")
+            NAME, "3d_fullres", fold, trainer_name, "nnUNetPlans", continue_training, torch.device("cpu")
         )
-        maybe_load_checkpoint(trainer, continue_training, False, None)
+        maybe_load_checkpoint(trainer, continue_training, validate, weights)
         return trainer
 
     yield make

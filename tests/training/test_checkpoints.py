@@ -67,6 +67,9 @@ def test_the_furthest_checkpoint_is_found(tmp_path: Path) -> None:
     assert most_advanced(tmp_path, [tmp_path / LATEST]) == tmp_path / FINAL
     save_atomically(checkpoint(3), tmp_path / LATEST)
     assert most_advanced(tmp_path) == tmp_path / FINAL, "a tie"
+    save_atomically(checkpoint(4), tmp_path / LATEST)
+    save_atomically(checkpoint(4), tmp_path / BEST)
+    assert most_advanced(tmp_path) == tmp_path / BEST, "the latest one does not know its score"
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", b"PK\x03\x04", None])

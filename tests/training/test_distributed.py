@@ -31,6 +31,8 @@ def test_the_device_is_that_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RANK", "11")
     assert process_device(torch.device("cuda")) == torch.device("cuda", 3)
     assert process_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.delenv("RANK")
+    assert process_device(torch.device("cuda")) == torch.device("cuda", 0), "left behind by a scheduler"
     monkeypatch.delenv("LOCAL_RANK")
     assert process_device(torch.device("cuda")) == torch.device("cuda", 0)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nnunetv2_hyspark.data import loader
+from nnunetv2_hyspark.sparse.convolution import submanifold_conv3d
 from nnunetv2_hyspark.training import diagnosis
 from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in, kept_name, progress_of
 from nnunetv2_hyspark.transfer.reading import read_checkpoint
@@ -594,3 +595,13 @@ def test_validation_and_resume_after_the_end(make_trainer):
     summary = json.loads((again.folder / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 2
     assert logged(first) == logged(again)
+
+
+def test_a_backend_that_does_not_run_here_is_said_and_replaced(make_trainer, monkeypatch):
+    """Compared with the reference at the start of every training, on the machine where it is to run."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    trainer = make_trainer("backend=triton")
+    trainer.initialize()
+    log = Path(trainer.log_file).read_text()
+    assert "WARNING: backend triton is not used on cpu, PyTorch's convolutions are: " in log
+    assert trainer.model.layout.keywords["convolve"] is submanifold_conv3d

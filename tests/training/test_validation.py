@@ -37,3 +37,24 @@ def test_at_most_so_many_cases_are_reconstructed(make_trainer, limit: int) -> No
     assert cases == sorted(held_out[:limit] or held_out)
     assert all((trainer.folder / "validation" / f"{case}.png").is_file() for case in cases)
     assert ("Reconstructing 1 of 2 cases" in Path(trainer.log_file).read_text()) == bool(limit)
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_held_out_cases_that_cannot_be_read_are_left_out_where_asked(make_trainer, broken: int) -> None:
+    trainer = make_trainer("on_broken_case=skip")
+    trainer.initialize()
+    _, held_out = trainer.do_split()
+    for name in held_out[:broken]:
+        file = Path(trainer.preprocessed_dataset_folder) / f"{name}.b2nd"
+        file.write_bytes(file.read_bytes()[:300])
+    trainer.perform_actual_validation()
+    summary = json.loads((trainer.folder / "validation" / "summary.json").read_text())
+    assert [entry["case"] for entry in summary["metric_per_case"]] == held_out[broken:]
+    assert bool(summary["mean"]) == (broken == 1)
+    log = Path(trainer.log_file).read_text()
+    assert f"WARNING: {held_out[0]} is left out: " in log
+    assert ("no held-out case could be read" in log) == (broken == 2)
+    with pytest.raises((OSError, ValueError)):
+        strict = make_trainer("on_broken_case=stop")
+        strict.initialize()
+        strict.perform_actual_validation()

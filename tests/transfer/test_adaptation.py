@@ -33,6 +33,20 @@ def test_chosen_channels():
     torch.testing.assert_close(F.conv3d(image, adapted), F.conv3d(image[:, :1], weight[:, 1:]))
 
 
+def test_masks_of_an_earlier_stage_have_no_influence_at_first():
+    """The response to an image and any masks is the old one to the image."""
+    weight, image = random(3, 1, 3, 3, 3), random(1, 4, 5, 5, 5)
+    adapted, how = adapt_channels(weight, 4, masks=3)
+    assert how == "3 channel(s) of masks begin with zeros"
+    torch.testing.assert_close(F.conv3d(image, adapted), F.conv3d(image[:, :1], weight))
+    two, how = adapt_channels(weight, 3, masks=1)
+    assert "repeated" in how and "1 channel(s) of masks" in how
+    torch.testing.assert_close(two[:, :2], adapt_channels(weight, 2)[0])
+    same, how = adapt_channels(adapted, 4, masks=3)
+    assert same is adapted and not how, "weights of such a stage stay"
+    assert "taken from" in adapt_channels(weight, 2, [0, -1], masks=1)[1], "a choice counts"
+
+
 def test_reordered_channels():
     weight, image = random(3, 2, 3, 3, 3), random(1, 2, 5, 5, 5)
     adapted, how = adapt_channels(weight, 2, [1, 0])

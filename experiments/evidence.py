@@ -21,8 +21,9 @@ from matplotlib import pyplot as plt
 DOCS = Path(__file__).parent.parent / "docs"
 HEADER = """# Evidence: does pre-training help?
 
-Every number and plot here is written by `python experiments/evidence.py experiments/results/*.json` from the results
-that `experiments/study.py` stored; [experiments/README.md](../experiments/README.md) has the command of every study.
+Tables and plots are written by `python experiments/evidence.py experiments/results/*.json` from the results that
+`experiments/study.py` stored; [experiments/README.md](../experiments/README.md) has the command of every study. From
+"How to read this" on, people write ([evidence_notes.md](evidence_notes.md)).
 
 Dice in percent, mean over the validation cases and structures, then over seeds (in brackets the standard deviation
 over seeds). HD95: 95th percentile of the surface distance, mm, over cases where both masks have voxels. p: two-sided
@@ -128,6 +129,14 @@ def pretraining_table(runs: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def with_its_study(results: dict[str, Any]) -> dict[str, Any]:
+    """Results with the study's file as it is, over the copy that was stored when a piece was last added."""
+    file = Path(__file__).parent / "studies" / f"{results.get('study', {}).get('name')}.json"
+    if not file.is_file():
+        return results
+    return {**results, "study": {**results["study"], **json.loads(file.read_text(encoding="utf-8"))}}
+
+
 def section(results: dict[str, Any]) -> list[str]:
     """A study's table, costs and plot."""
     study, machine = results["study"], results["machine"]
@@ -144,13 +153,15 @@ def section(results: dict[str, Any]) -> list[str]:
         f"{machine['nnunetv2']}, nnunetv2-hyspark {machine['nnunetv2-hyspark']}, Python {machine['python']}; "
         f"{seconds / 3600:.1f} hours in all.", "",
     ]
+    if study.get("structures"):
+        lines += [f"Structures, in this order: {', '.join(study['structures'])}.", ""]
     finished = results["pretraining"]
     lines += pretraining_table({name: finished[name] for name in study["pretraining"] if name in finished})
     if not study["arms"]:
         return lines
     lines += [
-        "| labelled cases | arm | Dice | against | by structure | HD95, mm | seeds | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| labelled cases | arm | Dice | against | by structure | HD95, mm | seeds | minutes | of pre-training |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for count in counts:
         for arm, options in study["arms"].items():
@@ -168,13 +179,17 @@ def section(results: dict[str, Any]) -> list[str]:
             hd95 = ", ".join(f"{v:.1f}" for v in per_structure(pieces, "hd95").values())
             minutes = float(np.mean([p["seconds"] for p in pieces])) / 60
             differences = "<br>".join(filter(None, against))
+            before = finished.get(options.get("weights"))
+            seeds = ", ".join(str(seed) for seed in sorted(p["seed"] for p in pieces))
+            pretraining = f"{before['seconds'] / 60:.0f}" if before else ""
             lines.append(
                 f"| {count} | {arm} | {np.mean(dice):.1f}{spread} | {differences} | {structures} | {hd95} | "
-                f"{len(dice)} | {minutes:.1f} |"
+                f"{seeds} | {minutes:.1f} | {pretraining} |"
             )
     settings = ", ".join(f"{key}={value}" for key, value in study["finetuning"].items())
     lines += ["", f"All arms: {settings}. Network: {json.dumps(study['architecture'])}.", "", "Per arm:", ""]
-    lines += [f"- `{arm}`: {json.dumps(options)}" for arm, options in study["arms"].items()]
+    shown = {arm for arm, _ in groups}
+    lines += [f"- `{arm}`: {json.dumps(options)}" for arm, options in study["arms"].items() if arm in shown]
     if groups:
         lines += ["", f"![Learning curves]({plot_curves(study, groups, counts)})", ""]
     return lines
@@ -208,23 +223,24 @@ def cost_section(benchmarks: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## What a step costs", "",
         "From [benchmarks.md](benchmarks.md), which has the machine and the commands: a whole pre-training step of the "
-        "paper's network on one crop, three quarters hidden. The ways compute the same loss; the last column is their "
-        "largest relative difference in the loss and in the encoder's gradients, so what is learned does not depend on "
-        "the way.", "",
+        "paper's network on one crop, three quarters hidden. The ways compute the same: the last column is their "
+        "largest relative difference in the loss, in the reconstruction, and in the encoder's gradients.", "",
         "| decoder | crop | blocks, s | dense-then-mask | official-like | GB, blocks | GB, dense | differences |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for benchmark in steps:
         request, step, memory = benchmark["request"], benchmark["step"], benchmark["memory_gb"]
         name = {
-            "default": "the default", "official": "768 wide, as the release's",
+            "default": "the default, 256 wide", "official": "768 wide, as the release's",
             "segmentation": "the segmentation network's",
         }[request["step"]]
+        if width := request["step"] == "default" and request.get("settings", {}).get("decoder_width"):
+            name = f"{width} wide"
         differences = [max(values.values()) for values in benchmark["relative_differences"].values()]
         lines.append(
             f"| {name} | {'x'.join(map(str, request['size']))} | {step['blocks']['median_s']:.2f} | "
             f"{step['dense']['ratio_to_blocks']:.2f} x | {step['official-like']['ratio_to_blocks']:.2f} x | "
-            f"{memory['blocks']:.2f} | {memory['dense']:.2f} | {' and '.join(f'{d:.0e}' for d in differences)} |"
+            f"{memory['blocks']:.2f} | {memory['dense']:.2f} | {', '.join(f'{d:.0e}' for d in differences)} |"
         )
     return [*lines, ""]
 
@@ -235,7 +251,7 @@ def main() -> None:
         raise SystemExit("give the JSON files of experiments/results")
     lines = [HEADER.format(baseline=BASELINE)]
     for name in sys.argv[1:]:
-        results = json.loads(Path(name).read_text(encoding="utf-8"))
+        results = with_its_study(json.loads(Path(name).read_text(encoding="utf-8")))
         lines += section(results) if "study" in results else shift_section(results)
     benchmarks = sorted((DOCS / "figures").glob("benchmark_*.json"))
     lines += cost_section([json.loads(file.read_text(encoding="utf-8")) for file in benchmarks])

@@ -3,10 +3,10 @@
     python experiments/study.py experiments/studies/hippocampus_cpu.json --work FOLDER [--minutes 8] [--arms scratch]
 
 The study's file says what is trained; see experiments/README.md. Every training is a piece: a finished one is never
-repeated, an interrupted one goes on, and ``--minutes`` stops before a new piece is begun, so that a study can be run
-in several goes; ``--arms`` and ``--folds`` leave the others to another process beside this one. Results are added to
-experiments/results/NAME.json as they come. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always; FOLDER takes the
-results and the logs.
+repeated, an interrupted one goes on, and after ``--minutes`` the one that runs is told to save and stop, so that a
+study can be run in several goes; ``--arms`` and ``--folds`` leave the others to another process beside this one.
+Results are added to experiments/results/NAME.json as they come. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always;
+FOLDER takes the results and the logs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 from scores import probe_dice, score_validation, training_seconds
 
 HERE = Path(__file__).parent
+YEAR = 365 * 24 * 3600.0
 PLANS = "nnUNetHySparKPlans"
 
 
@@ -50,6 +51,7 @@ class Study:
         device: ``cpu`` or ``cuda``.
         other_plans: further plans of the labelled data set: per name ``arguments`` of ``nnUNetv2_plan_experiment``, and
             ``edit``, values that replace those of configuration 3d_fullres.
+        structures: names of labels 1, 2, ..., for the tables.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Study:
     other_plans: dict[str, dict[str, Any]] = field(default_factory=dict)
     plan_edit: dict[str, Any] = field(default_factory=dict)
     table: str = ""
+    structures: list[str] = field(default_factory=list)
 
 
 def edit_plans(file: Path, values: dict[str, Any]) -> None:
@@ -83,7 +86,7 @@ class Runner:
 
     Args:
         study: what to run.
-        minutes: no piece is begun after so many.
+        minutes: no piece is begun after so many, and the one that runs is stopped.
         arms, folds: which of the study's.
     """
 
@@ -119,8 +122,15 @@ class Runner:
             partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
             partial.replace(self.file)
 
-    def command(self, log: Path, *command: str, settings: dict[str, Any] | None = None, **environment: str) -> None:
-        """Runs a command with its output in a log.
+    def command(
+        self,
+        log: Path,
+        *command: str,
+        settings: dict[str, Any] | None = None,
+        can_stop: bool = False,
+        **environment: str,
+    ) -> bool:
+        """Runs a command with its output in a log; False if it ``can_stop`` and was stopped, because the time was up.
 
         Raises:
             RuntimeError: if it fails; the message is the end of its output.
@@ -129,12 +139,23 @@ class Runner:
         surroundings = {**os.environ, "nnUNet_hyspark": json.dumps(settings or {}), **environment}
         with log.open("a", encoding="utf-8") as output:
             print("$", *command, file=output, flush=True)
-            status = subprocess.run(
+            process = subprocess.Popen(
                 [str(Path(sys.executable).parent / command[0]), *command[1:]], env=surroundings, stdout=output,
                 stderr=output, stdin=subprocess.DEVNULL,
-            ).returncode
+            )
+            try:
+                status = process.wait(max(0.0, min(self.until - time.monotonic(), YEAR)) if can_stop else None)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+                return False
+            except BaseException:  # Ctrl-C ends both
+                process.terminate()
+                process.wait()
+                raise
         if status:
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
+        return True
 
     def preprocessed(self, number: int) -> Path:
         """Folder of a preprocessed data set."""
@@ -170,10 +191,12 @@ class Runner:
                 weights = tuple(word for word in more if word != "-pretrained_weights" and not word.endswith(".pth"))
                 weights = (*weights, "--c")
             folder.mkdir(parents=True, exist_ok=True)
-            self.command(
+            finished = self.command(
                 log, "nnUNetv2_train", str(number), "3d_fullres", fold, "-device", self.study.device, *weights,
-                nnUNet_results=str(folder), **keywords,
+                can_stop=True, nnUNet_results=str(folder), **keywords,
             )
+            if not finished:
+                return None
         return next(folder.glob(f"Dataset{number:03d}_*/*/fold_{fold}"))
 
     def pretrain(self, name: str) -> Path | None:

@@ -28,6 +28,9 @@ Three ways to compute the same network with the same weights, run in turn in one
   too, as good as the block path's. Dense-then-mask as others could write it too, so the stronger reference.
 - **official-like**: dense-then-mask in contiguous memory with PyTorch's own norms and separate convolutions, as the
   official release computes; without the projection that it makes and never uses.
+- **torch**, **triton**: blocks, with another backend for sparse convolutions than `auto` takes on that device.
+- **official release**, in the step of the default: `official-like` with the official release's decoder (width 768,
+  batch norm), the step that the default's replaces.
 
 `x blocks` is the median over rounds of the variant's time over the block path's in the same round. `GMAC` are
 multiply-adds of one forward pass, counted from the shapes that ran. `of peak` is that count, twice, and three times
@@ -35,13 +38,69 @@ that with a backward pass, per second, over this machine's measured arithmetic: 
 multiplication and a 3x3x3 convolution of 128 channels. `GB` are the bytes that the operations of all that was timed
 read and write, each counting its input and output tensors in full; caches are not modelled, so this is an upper bound
 of their traffic to main memory, without the work buffers inside an operation. `of copy` is that count per second over
-this machine's measured copy; above 100 % much of it stayed in the caches. Where it says that freed memory was kept, it
-was so for all variants, as in trainings on CPUs (`heap.py`); otherwise the system clears pages anew for every large
-map, which costs dense maps most. Memory is the rise of the resident set (CPU) during one step in a fresh process, above
-weights and data.
+this machine's measured copy; above 100 % much of it stayed in the caches. `both` is their sum: the share of the time
+that arithmetic and copies at full speed would take if they never overlapped. What is missing to 100 % bounds the rest:
+operations too small or too irregular for full speed (halo gathers, norms over few voxels, matrices of few rows), and
+the interpreter between them. Rounds are what the time allowed; every median is over so many. Where it says that freed
+memory was kept, it was so for all variants, as in trainings on CPUs (`heap.py`); otherwise the system clears pages anew
+for every large map, which costs dense maps most. Memory is the rise of the resident set (CPU) during one step in a
+fresh process, above weights and data.
 
-What was never measured: anything on a GPU.
+What was never measured: anything on a GPU. Where there is one, this measures what is missing here:
+
+    hyspark benchmark --device cuda --precision bf16 --batch 8 --json gpu.json --plot gpu.png
 """
+
+STEP_OF_DEFAULT, STEP_OF_OFFICIAL, SEGMENTATION = (
+    "benchmark_cpu_default", "benchmark_cpu_official", "benchmark_cpu_segmentation"
+)
+
+AIMS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("encoder, forward and backward: official-like over blocks", "at least 6", STEP_OF_DEFAULT,
+     ("encoder_forward_backward", "official-like", "ratio_to_blocks")),
+    ("encoder, forward and backward: dense over blocks", "at least 4", STEP_OF_DEFAULT,
+     ("encoder_forward_backward", "dense", "ratio_to_blocks")),
+    ("whole step of the default: the official release's over it", "at least 4", STEP_OF_DEFAULT,
+     ("step", "official release", "ratio_to_blocks")),
+    ("whole step with the official decoder: official-like over blocks", "at least 2, better 2.5", STEP_OF_OFFICIAL,
+     ("step", "official-like", "ratio_to_blocks")),
+    ("whole step with the official decoder: dense over blocks", "at least 2", STEP_OF_OFFICIAL,
+     ("step", "dense", "ratio_to_blocks")),
+    ("peak memory of a step of the default, GB", "at most 2.5", STEP_OF_DEFAULT, ("memory_gb", "blocks")),
+    ("peak memory of a step with the official decoder, GB", "at most 3.5", STEP_OF_OFFICIAL, ("memory_gb", "blocks")),
+    *(
+        (f"encoder at mask ratio {ratio} over its time at 0", f"at most {1.08 - float(ratio):.2f}", STEP_OF_DEFAULT,
+         ("by_mask_ratio", "blocks", ratio, "ratio_to_0"))
+        for ratio in ("0.5", "0.75", "0.9")
+    ),
+    ("fine-tuning: ResEnc-L over HySparKUNet", "at least 1", SEGMENTATION,
+     ("finetuning_step", "ResEnc-L", "ratio_to_HySparKUNet")),
+    ("fine-tuning: ResEnc with as many parameters over HySparKUNet", "at least 1, or the reason", SEGMENTATION,
+     ("finetuning_step", "ResEnc, narrow", "ratio_to_HySparKUNet")),
+    ("prediction: ResEnc-L over HySparKUNet", "at least 1", SEGMENTATION,
+     ("prediction", "ResEnc-L", "ratio_to_HySparKUNet")),
+    ("prediction: ResEnc with as many parameters over HySparKUNet", "at least 1, or the reason", SEGMENTATION,
+     ("prediction", "ResEnc, narrow", "ratio_to_HySparKUNet")),
+)
+"""What was aimed at on CPUs: in words, the aim, the run that shows it, and where."""
+
+REASONS = """Where an aim is missed, the tables below say why. With the official decoder, dense and blocks share that
+decoder, which is most of the step's operations (`GMAC`) and runs close to this machine's arithmetic (`of peak`):
+masking has nothing left to save there. HySparKUNet computes several times what a ResEnc of as many parameters does,
+because its parameters lie in wide blocks at fine scales, and does it at a higher share of the arithmetic.
+"""
+
+
+def aims(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What was aimed at and what was measured, as far as the runs show it."""
+    lines = ["## What was aimed at", "", "| what | aim | measured |", "|---|---|---|"]
+    for what, aim, run, keys in AIMS:
+        figure: Any = runs.get(run, {})
+        for key in keys:
+            figure = figure.get(key, {})
+        if isinstance(figure, float):
+            lines.append(f"| {what} | {aim} | {figure:.2f} |")
+    return [*lines, "", *REASONS.splitlines(), ""]
 
 
 def cell(row: dict[str, Any], key: str, form: str) -> str:
@@ -50,20 +109,22 @@ def cell(row: dict[str, Any], key: str, form: str) -> str:
 
 
 def counted(row: dict[str, Any]) -> str:
-    """The last cells of a row: counted operations and bytes, and their shares of the ceilings."""
+    """The last cells of a row: counted operations and bytes, their shares of the ceilings and the sum of these."""
     forms = {
         "forward_gmac": ".1f", "share_of_peak": ".0%", "counted_gb": ".2f", "share_of_copy_ceiling": ".0%",
     }
-    return " | ".join(cell(row, key, form) for key, form in forms.items())
+    shares = [row[key] for key in ("share_of_peak", "share_of_copy_ceiling") if key in row]
+    both = format(sum(shares), ".0%") if len(shares) == 2 else ""
+    return " | ".join([*(cell(row, key, form) for key, form in forms.items()), both])
 
 
 def rows(title: str, table: dict[str, dict[str, Any]]) -> list[str]:
     """A Markdown table of one measurement."""
-    head = "| variant | median s | min | max | x blocks | GMAC | of peak | GB | of copy |"
-    lines = [f"**{title}**", "", head, "|---|---|---|---|---|---|---|---|---|"]
+    head = "| variant | median s | min | max | rounds | x blocks | GMAC | of peak | GB | of copy | both |"
+    lines = [f"**{title}**", "", head, "|" + "---|" * 11]
     for variant, row in table.items():
         lines.append(
-            f"| {variant} | {row['median_s']:.2f} | {row['min_s']:.2f} | {row['max_s']:.2f} | "
+            f"| {variant} | {row['median_s']:.2f} | {row['min_s']:.2f} | {row['max_s']:.2f} | {row['repeats']} | "
             f"{row['ratio_to_blocks']:.2f} | {counted(row)} |"
         )
     return [*lines, ""]
@@ -73,16 +134,29 @@ def segmentation_rows(title: str, table: dict[str, dict[str, Any]]) -> list[str]
     """A Markdown table of whole segmentation networks."""
     lines = [
         f"**{title}**", "",
-        "| network | million parameters | median s | x HySparKUNet | million voxels/s | GMAC | of peak | GB | "
-        "of copy | peak memory, GB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | million parameters | median s | rounds | x HySparKUNet | million voxels/s | GMAC | of peak | GB | "
+        "of copy | both | peak memory, GB |",
+        "|" + "---|" * 12,
     ]
     for name, row in table.items():
         lines.append(
-            f"| {name} | {row['million_parameters']:.1f} | {row['median_s']:.2f} | "
+            f"| {name} | {row['million_parameters']:.1f} | {row['median_s']:.2f} | {row['repeats']} | "
             f"{row['ratio_to_HySparKUNet']:.2f} | {row['million_voxels_per_second']:.2f} | {counted(row)} | "
             f"{cell(row, 'memory_gb', '.2f')} |"
         )
+    return [*lines, ""]
+
+
+def ratio_rows(figures: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """A Markdown table over mask ratios."""
+    lines = [
+        "**Mask ratios**: encoder, forward and backward, median s, and over the time with nothing hidden", "",
+        "| mask ratio | 1 - ratio | blocks | over 0 | dense | over 0 | rounds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for ratio, row in figures["blocks"].items():
+        cells = [f"{of['median_s']:.2f} | {of['ratio_to_0']:.3f}" for of in (row, figures["dense"][ratio])]
+        lines.append(f"| {ratio} | {1 - float(ratio):.2f} | {' | '.join(cells)} | {row['repeats']} |")
     return [*lines, ""]
 
 
@@ -124,6 +198,29 @@ def convolution_rows(measured: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+MEASURED = {
+    "encoder_forward": "encoder", "step": "step", "memory_gb": "memory", "by_mask_ratio": "mask ratios",
+    "sweep": "crop sizes and batches", "convolutions": "single convolutions",
+    "finetuning_step": "segmentation networks", "loading": "loading",
+}
+"""What a run may hold, for its heading."""
+
+
+def heading(figures: dict[str, Any]) -> str:
+    """What was measured, and how the run differs from the others."""
+    request, machine = figures["request"], figures["machine"]
+    width = (request.get("settings") or {}).get("decoder_width")
+    differences = [
+        text for text, is_so in (
+            (f"step {request['step']}", request["step"] != "default"),
+            (f"decoder {width} wide", width and request["step"] == "default"),
+            ("freed memory given back", not machine["gpu"] and not machine.get("freed_memory_is_kept")),
+        ) if is_so
+    ]
+    measured = ", ".join(name for key, name in MEASURED.items() if key in figures).capitalize()
+    return f"{measured}: {', '.join(differences)}" if differences else measured
+
+
 def section(figures: dict[str, Any], plot: str) -> list[str]:
     """Everything one run measured, and its plot, a path from the page."""
     request, machine, top = figures["request"], figures["machine"], figures["ceilings"]
@@ -132,8 +229,10 @@ def section(figures: dict[str, Any], plot: str) -> list[str]:
     kept = ", freed memory kept" if machine.get("freed_memory_is_kept") else ""
     network = f"{planned['configuration']} of {Path(planned['plans']).name}, " if planned else ""
     lines = [
-        f"## {machine['gpu'] or machine['processor']}: {network}{size}, batch {request['batch']}, "
-        f"{request['mask_ratio']:.0%} masked, {request['precision']}, step {request['step']}",
+        f"## {heading(figures)}",
+        "",
+        f"{machine['gpu'] or machine['processor']}: {network}{size}, batch {request['batch']}, "
+        f"{request['mask_ratio']:.0%} masked, {request['precision']}, step {request['step']}.",
         "",
         f"    {figures['command']}",
         "",
@@ -155,17 +254,17 @@ def section(figures: dict[str, Any], plot: str) -> list[str]:
         memory = ", ".join(f"{variant} {gb:.2f}" for variant, gb in figures["memory_gb"].items())
         lines += [f"Peak memory of a step, GB: {memory}.", ""]
     if "by_mask_ratio" in figures:
-        lines += ["**Encoder, forward and backward, over its time with nothing hidden**", ""]
-        lines += ["| mask ratio | time | 1 - ratio |", "|---|---|---|"]
-        lines += [f"| {r} | {t:.3f} | {1 - float(r):.2f} |" for r, t in figures["by_mask_ratio"].items()]
-        lines.append("")
+        lines += ratio_rows(figures["by_mask_ratio"])
     if "sweep" in figures:
         lines += sweep_rows(figures["sweep"])
     if "convolutions" in figures:
         lines += convolution_rows(figures["convolutions"])
-    for key, title in (("finetuning_step", "forward and backward"), ("prediction", "forward")):
+    for key, title in (
+        ("finetuning_step", "Segmentation networks on dense patches, forward and backward"),
+        ("prediction", "Segmentation networks, nnU-Net's sliding-window prediction of one and a half patches"),
+    ):
         if key in figures:
-            lines += segmentation_rows(f"Segmentation networks on dense patches, {title}", figures[key])
+            lines += segmentation_rows(title, figures[key])
     if "loading" in figures:
         loading = figures["loading"]
         voxels = "x".join(map(str, loading["case_voxels"]))
@@ -189,9 +288,10 @@ def main() -> None:
     files = [Path(name) for name in sys.argv[1:]]
     if not files:
         raise SystemExit("give the JSON files of hyspark benchmark")
-    lines = [HEADER]
+    runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    lines = [HEADER, *aims(runs)]
     for file in files:
-        figures, plot = json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".png")
+        figures, plot = runs[file.stem], file.with_suffix(".png")
         save_plot(figures, plot)
         lines += section(figures, Path(os.path.relpath(plot, PAGE.parent)).as_posix())
     PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

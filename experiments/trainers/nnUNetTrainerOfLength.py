@@ -7,7 +7,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class nnUNetTrainerOfLength(nnUNetTrainer):
-    """nnUNetTrainer; ``EPOCHS``, ``ITERATIONS`` and ``VAL_ITERATIONS`` of the environment say how long it trains."""
+    """nnUNetTrainer; ``EPOCHS``, ``ITERATIONS`` and ``VAL_ITERATIONS`` of the environment say how long it trains.
+
+    It saves every fifth epoch: unlike ours, it saves nothing when it is told to stop.
+    """
 
     def __init__(
         self,
@@ -18,6 +21,7 @@ class nnUNetTrainerOfLength(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.save_every = 5
         self.num_epochs = int(os.environ["EPOCHS"])
         self.num_iterations_per_epoch = int(os.environ["ITERATIONS"])
         self.num_val_iterations_per_epoch = int(os.environ["VAL_ITERATIONS"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,9 @@ from ..sparse.gathered import gathered_conv3d
 from ..sparse.halo import HaloTable
 from .request import PRECISIONS, Request, backend_on
 from .timing import interleave
+
+SMALL_BLOCKS: tuple[Size3, ...] = ((1, 1, 1), (2, 2, 4), (2, 4, 4))
+"""Around the size up to which gathered products serve, voxels."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Case:
 
 
 def cases(request: Request) -> list[Case]:
-    """The full and the depthwise convolution of every stage that has them."""
+    """The full and the depthwise convolution of every stage that has them, and the coarsest full one on blocks of other
+    sizes too, which other plans have."""
     kwargs = request.arch_kwargs
     strides = cumulative_strides(kwargs["strides"])
     widths, kernels = kwargs["features_per_stage"], [as_size3(kernel) for kernel in kwargs["kernel_sizes"]]
@@ -60,7 +64,7 @@ def cases(request: Request) -> list[Case]:
         image = as_size3(edge // own for edge, own in zip(request.size, stride))
         found.append(Case(stage, "depthwise", block, image, narrow, narrow, kernels[stage]))
         found.append(Case(stage, "full", block, image, narrow, wide, kernels[stage]))
-    return found
+    return found + [replace(found[-1], block=block) for block in SMALL_BLOCKS if block != found[-1].block]
 
 
 def _gathered(

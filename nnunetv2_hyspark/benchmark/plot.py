@@ -18,9 +18,9 @@ TIMED = {
     "encoder_forward_backward": "encoder, forward and backward",
     "step": "whole training step",
     "finetuning_step": "segmentation, forward and backward",
-    "prediction": "segmentation, forward",
+    "prediction": "segmentation, sliding-window prediction",
 }
-COLOURS = ("#4477aa", "#cc6677", "#999933")
+COLOURS = ("#4477aa", "#cc6677", "#999933", "#88ccee", "#aa4499", "#44aa99")
 
 
 def save_plot(results: Mapping[str, Any], path: Path) -> None:
@@ -85,7 +85,7 @@ def _panels(results: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
 def _bars(axes: Axes, names: Sequence[str], heights: Sequence[float], labels: Sequence[str], **options: Any) -> None:
     bars = axes.bar(range(len(names)), heights, color=COLOURS[:len(names)], **options)
     axes.bar_label(bars, labels, fontsize=8, padding=2)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     axes.margins(y=0.15)
 
 
@@ -108,10 +108,10 @@ def _memory(axes: Axes, figures: Mapping[str, float]) -> None:
     axes.set_ylabel("GB above weights and data", fontsize=8)
 
 
-def _mask_ratios(axes: Axes, figures: Mapping[str, float]) -> None:
-    points = sorted((float(ratio), share) for ratio, share in figures.items())
-    ratios, shares = zip((0.0, 1.0), *points)
-    axes.plot(ratios, shares, "o-", color=COLOURS[0], label="measured")
+def _mask_ratios(axes: Axes, figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    for colour, (variant, rows) in zip(COLOURS, figures.items()):
+        ratios, shares = zip(*sorted((float(ratio), row["ratio_to_0"]) for ratio, row in rows.items()))
+        axes.plot(ratios, shares, "o-", color=colour, label=variant)
     axes.plot((0, 1), (1, 0), "--", color="0.5", label="1 - mask ratio")
     axes.set_title("encoder, forward and backward, over mask ratio")
     axes.set_xlabel("mask ratio", fontsize=8)

@@ -15,7 +15,6 @@ from ..networks.topology import PAPER_STRIDES, ArchitectureConfig, derive_arch_k
 from ..pretext.build import build_hyspark
 from ..pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
 from ..sparse.backends import Convolution, choose_backend
-from ..sparse.convolution import submanifold_conv3d
 from ..training.parameters import decay_groups
 from .plan import PlannedNetwork
 from .reference import dense_channels_last, dense_then_mask, official_like
@@ -39,15 +38,19 @@ VARIANTS: dict[str, Callable[[HySparK], HySparK]] = {
 GPU_REFERENCES: dict[str, Callable[[HySparK], HySparK]] = {"dense, channels-last": dense_channels_last}
 """References for GPUs alone: on CPUs ``dense`` is in channels-last memory anyway."""
 
-GPU_BACKENDS = ("triton",)
-"""Variants that are the block path by another backend, where that runs."""
+OTHER_BACKENDS = {"cpu": ("torch",), "cuda": ("triton",)}
+"""By kind of device, variants that are the block path by another backend than ``auto`` takes there."""
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: the paper's network, ``base_width`` wide, or that of a plan."""
+    """What to measure: the paper's network, ``base_width`` wide, or that of a plan.
+
+    Attributes:
+        architecture, settings: of the paper's network and its pre-training; a plan has its own.
+    """
 
     size: Size3 = (96, 96, 96)
     batch: int = 1
@@ -60,6 +63,8 @@ class Request:
     repeats: int = 5
     budget: float = 300.0
     planned: PlannedNetwork | None = None
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    settings: HySparKConfig = HySparKConfig()
 
     @property
     def channels(self) -> int:
@@ -71,13 +76,13 @@ class Request:
         """Of :class:`nnunetv2_hyspark.networks.segmentation.HySparKUNet`."""
         if self.planned:
             return self.planned.arch_kwargs
-        config = ArchitectureConfig(base_width=self.base_width)
+        config = replace(self.architecture, base_width=self.base_width)
         return derive_arch_kwargs(PAPER_STRIDES, [(3, 3, 3)] * len(PAPER_STRIDES), config)
 
     @property
     def pretraining(self) -> HySparKConfig:
         """Settings of the step."""
-        return replace(self.planned.pretraining if self.planned else HySparKConfig(), **STEPS[self.step])
+        return replace(self.planned.pretraining if self.planned else self.settings, **STEPS[self.step])
 
     @property
     def grid(self) -> Size3:
@@ -93,10 +98,14 @@ class Request:
 
 def variants(request: Request) -> list[str]:
     """What can be compared on the request's device."""
-    if request.device != "cuda":
-        return list(VARIANTS)
-    usable = [name for name in GPU_BACKENDS if backend_on(name, request.device) is not submanifold_conv3d]
-    return [*VARIANTS, *GPU_REFERENCES, *usable]
+    auto = backend_on("auto", request.device)
+    others = [name for name in OTHER_BACKENDS[request.device] if backend_on(name, request.device) is not auto]
+    return [*VARIANTS, *(GPU_REFERENCES if request.device == "cuda" else ()), *others]
+
+
+def is_backend(variant: str) -> bool:
+    """Whether a variant is the block path by another backend."""
+    return any(variant in names for names in OTHER_BACKENDS.values())
 
 
 @functools.cache
@@ -109,9 +118,9 @@ def build(request: Request, variant: str) -> tuple[HySparK, torch.Tensor, torch.
     """Network, image ``(B, C, D, H, W)`` and mask of a request, the same for every variant."""
     torch.manual_seed(0)
     model = build_hyspark(request.channels, request.arch_kwargs, request.pretraining)
-    backend = variant if variant in GPU_BACKENDS else "auto"
-    model.compute_with(backend_on(backend, request.device))
-    model = (VARIANTS | GPU_REFERENCES)["blocks" if backend == variant else variant](model).to(request.device)
+    other = is_backend(variant)
+    model.compute_with(backend_on(variant if other else "auto", request.device))
+    model = (VARIANTS | GPU_REFERENCES)["blocks" if other else variant](model).to(request.device)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
     visible = model.draw_mask(request.batch, request.size, request.mask_ratio, generator).to(request.device)

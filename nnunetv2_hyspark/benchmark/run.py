@@ -24,7 +24,7 @@ from .loading import measure_loading, write_cases
 from .memory import peak_gb
 from .operations import counted_gb, forward_gmac
 from .request import (
-    GPU_BACKENDS,
+    OTHER_BACKENDS,
     PRECISIONS,
     Request,
     autocast,
@@ -35,31 +35,37 @@ from .request import (
     make_step,
     variants,
 )
-from .segmentation import make_segmentation, networks, parameters, segmentation_run
-from .sweep import sweep
-from .tables import convolutions_table, loading_table, summary, sweep_table, table
-from .timing import ceilings, interleave
+from .segmentation import finetuning_run, make_segmentation, networks, parameters, predicted_size, prediction_run
+from .sweep import COMPARED, sweep
+from .tables import convolutions_table, loading_table, ratios_table, summary, sweep_table, table
+from .timing import Timings, ceilings, interleave
+
+OFFICIAL_STEP = "official release"
+"""Row of the official release's own step, ``official-like`` with its decoder, beside the default's."""
 
 
 def check_agreement(request: Request) -> dict[str, dict[str, float]]:
-    """Largest relative difference of every variant to the block path: of the loss, and (L2) of the encoder's gradients.
+    """Relative difference of every variant to the block path: of the loss, and (L2) of the reconstruction and of the
+    encoder's gradients.
 
     The encoder's alone, because in the decoder single ReLU inputs within rounding of zero flip between variants; its
     gradients are compared by the tests, in float64.
 
     Raises:
-        RuntimeError: above 1e-4; in half precision above 2e-2 in the loss and 0.1 in the gradients.
+        RuntimeError: above 1e-4; in half precision above 2e-2 in the loss and 0.1 in the others.
     """
-    losses, gradients = {}, {}
+    exact = request.precision == "float32"
+    limits = dict.fromkeys(("loss", "reconstruction", "gradients"), 1e-4 if exact else 0.1)
+    if not exact:
+        limits["loss"] = 2e-2
+    with exact_float32():
+        reference = _computed(request, "blocks")
+    differences: dict[str, dict[str, float]] = {what: {} for what in limits}
     for variant in variants(request):
         with exact_float32():
-            losses[variant], gradients[variant] = _loss_and_gradients(request, variant)
-    limits = {"loss": 1e-4, "gradients": 1e-4} if request.precision == "float32" else {"loss": 2e-2, "gradients": 0.1}
-    reference = gradients["blocks"]
-    differences = {
-        "loss": {v: abs(loss - losses["blocks"]) / abs(losses["blocks"]) for v, loss in losses.items()},
-        "gradients": {v: float((g - reference).norm() / reference.norm()) for v, g in gradients.items()},
-    }
+            found = _computed(request, variant)
+        for what, value in found.items():
+            differences[what][variant] = float((value - reference[what]).norm() / reference[what].norm())
     for what, limit in limits.items():
         wrong = {v: d for v, d in differences[what].items() if not d <= limit}
         if wrong:
@@ -70,10 +76,11 @@ def check_agreement(request: Request) -> dict[str, dict[str, float]]:
     return differences
 
 
-def _loss_and_gradients(request: Request, variant: str) -> tuple[float, torch.Tensor]:
+def _computed(request: Request, variant: str) -> dict[str, torch.Tensor]:
     model, image, visible = build(request, variant)
     with torch.no_grad(), autocast(request):
-        loss = reconstruction_loss(image, model(image, visible), visible).item()
+        reconstruction = model(image, visible)
+        loss = reconstruction_loss(image, reconstruction, visible)
     with autocast(request):
         layout = model.lay_out(visible)
         features = [layout.scatter(feature) for feature in model.encode(image, layout)]
@@ -81,7 +88,9 @@ def _loss_and_gradients(request: Request, variant: str) -> tuple[float, torch.Te
     # the gradients of a mean over so many voxels are below what float16 can hold
     scale = 2.0**16 if request.precision == "fp16" else 1.0
     of_encoder = torch.autograd.grad(scale * total, list(model.encoder.parameters()))
-    return loss, torch.cat([gradient.flatten() for gradient in of_encoder]).cpu() / scale
+    gradients = torch.cat([gradient.flatten() for gradient in of_encoder]) / scale
+    found = {"loss": loss, "reconstruction": reconstruction, "gradients": gradients}
+    return {what: value.detach().float().cpu() for what, value in found.items()}
 
 
 def check(request: Request, what: Sequence[str], ratios: Sequence[float], points: Sequence[Request]) -> None:
@@ -145,8 +154,7 @@ def measure(
         log("peak memory of a step, GB: " + ", ".join(f"{v} {gb:.2f}" for v, gb in results["memory_gb"].items()))
     if "ratios" in what:
         results["by_mask_ratio"] = by_ratio(request, ratios, device)
-        log("encoder forward+backward over its time with nothing hidden: "
-            + ", ".join(f"{r}: {v:.3f} (1-r = {1 - float(r):.2f})" for r, v in results["by_mask_ratio"].items()))
+        log(ratios_table(results["by_mask_ratio"]))
     if "sweep" in what:
         results["sweep"] = sweep(points, top)
         log(sweep_table(results["sweep"]))
@@ -164,9 +172,9 @@ def measure(
 
 
 def _counted(variant: str) -> str:
-    """The variant whose operations are counted for this one: other backends do the same with operators of their own,
-    which PyTorch's counter does not know."""
-    return "blocks" if variant in GPU_BACKENDS else variant
+    """The variant whose operations are counted for this one: backends of GPUs do the same as the block path with
+    operators of their own, which PyTorch's counter does not know."""
+    return "blocks" if variant in OTHER_BACKENDS["cuda"] else variant
 
 
 def encoder(request: Request, backward: bool, top: Mapping[str, float]) -> dict[str, Any]:
@@ -179,29 +187,33 @@ def encoder(request: Request, backward: bool, top: Mapping[str, float]) -> dict[
 
 
 def training_step(request: Request, top: Mapping[str, float]) -> dict[str, Any]:
-    """The variants' whole steps. Operations and bytes are counted as they run without ``torch.compile``."""
+    """The variants' whole steps, and for the default one what it replaces: the official release's, with the decoder
+    that it has. Operations and bytes are counted as they run without ``torch.compile``."""
     forget_compiled()
-    runs = {v: make_step(request, v) for v in variants(request)}
+    steps = {variant: (request, variant) for variant in variants(request)}
+    if request.step == "default":
+        steps[OFFICIAL_STEP] = (replace(request, step="official"), "official-like")
+    runs = {name: make_step(*step) for name, step in steps.items()}
     timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))
-    names = list(runs)
     del runs
     gmac, gb = {}, {}
-    for variant in names:
-        gb[variant] = counted_gb(make_step(replace(request, compile=False), variant))
-        model, image, visible = build(request, _counted(variant))
-        gmac[variant] = forward_gmac(functools.partial(model, image, visible))
+    for name, (of, variant) in steps.items():
+        gb[name] = counted_gb(make_step(replace(of, compile=False), variant))
+        model, image, visible = build(of, _counted(variant))
+        gmac[name] = forward_gmac(functools.partial(model, image, visible))
     return summary(timings, top, gmac, gb, passes=3)
 
 
 def segmentation(request: Request, training: bool, top: Mapping[str, float]) -> dict[str, Any]:
-    """Forward and backward passes, or forwards alone, of whole segmentation networks on dense patches."""
+    """Whole segmentation networks: forward and backward passes on dense patches, or sliding-window prediction."""
     made = networks(request)
-    runs = {name: segmentation_run(request, network, training) for name, network in made.items()}
+    make_run = finetuning_run if training else prediction_run
+    runs = {name: make_run(request, network) for name, network in made.items()}
     timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))
     gmac = {name: forward_gmac(run) for name, run in runs.items()}
     gb = {name: counted_gb(run) for name, run in runs.items()}
     rows = summary(timings, top, gmac, gb, passes=3 if training else 1, reference="HySparKUNet")
-    voxels = request.batch * volume(request.size)
+    voxels = request.batch * volume(request.size) if training else volume(predicted_size(request))
     for name, row in rows.items():
         row["million_parameters"] = parameters(made[name])
         row["million_voxels_per_second"] = voxels / row["median_s"] / 1e6
@@ -222,16 +234,29 @@ def loading(request: Request) -> dict[str, Any]:
     }
 
 
-def by_ratio(request: Request, ratios: Sequence[float], device: torch.device) -> dict[str, float]:
-    """Encoder forward and backward at each mask ratio over the same with every cell visible, in rounds."""
-    model, image, visible = build(request, "blocks")
-    generator = torch.Generator().manual_seed(0)
-    masks = {"0": torch.ones_like(visible)}
-    for ratio in ratios:
-        masks[str(ratio)] = model.draw_mask(request.batch, request.size, ratio, generator).to(device)
-    runs = {name: encoder_run(request, model, image, mask, backward=True) for name, mask in masks.items()}
+def by_ratio(request: Request, ratios: Sequence[float], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Encoder forward and backward at each mask ratio, and with every cell visible, in rounds.
+
+    Returns:
+        Of the block path and of the dense reference, per ratio, ``"0"`` among them, a row of :func:`summary`;
+        ``ratio_to_0`` is the time over the same variant's with nothing hidden.
+    """
+    masks: dict[str, torch.Tensor] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for variant in COMPARED:
+        model, image, visible = build(request, variant)
+        if not masks:
+            generator = torch.Generator().manual_seed(0)
+            drawn = {str(r): model.draw_mask(request.batch, request.size, r, generator).to(device) for r in ratios}
+            masks = {"0": torch.ones_like(visible), **drawn}
+        for ratio, mask in masks.items():
+            runs[f"{variant} {ratio}"] = encoder_run(request, model, image, mask, backward=True)
     timings = interleave(runs, request.repeats, request.budget, device)
-    return {str(ratio): 1 / timings.ratio("0", str(ratio)) for ratio in ratios}
+    rows = {}
+    for variant in COMPARED:
+        seconds = {ratio: timings.seconds[f"{variant} {ratio}"] for ratio in masks}
+        rows[variant] = summary(Timings(seconds), {}, reference="0")
+    return rows
 
 
 def processor_name() -> str:

@@ -1,14 +1,19 @@
-"""The dense path: fine-tuning steps and sliding-window forwards of our network beside nnU-Net's residual U-Net."""
+"""The dense path: fine-tuning steps and sliding-window prediction of our network beside nnU-Net's residual U-Net."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
+from ..geometry import Size3
 from ..networks.segmentation import HySparKUNet
 from .request import Request, autocast
 
@@ -67,25 +72,45 @@ def segmentation_loss(outputs: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([output.float().square().mean() for output in outputs]).sum()
 
 
-def segmentation_run(request: Request, network: Any, training: bool) -> Callable[[], object]:
-    """Forward and backward pass of a network on a dense patch, or its forward pass alone."""
+def finetuning_run(request: Request, network: Any) -> Callable[[], object]:
+    """Forward and backward pass of a network on dense patches."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(request.batch, request.channels, *request.size, generator=generator).to(request.device)
-    network = network.to(request.device).train(training)
-    network.decoder.deep_supervision = training
+    network = network.to(request.device).train()
 
     def run() -> object:
-        if training and torch.is_grad_enabled():
-            network.zero_grad(set_to_none=True)
-        with torch.set_grad_enabled(training and torch.is_grad_enabled()), autocast(request):
+        with autocast(request):
             outputs = network(image)
-        if training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            network.zero_grad(set_to_none=True)
             segmentation_loss(outputs).backward()
         return outputs
 
     return run
 
 
+def predicted_size(request: Request) -> Size3:
+    """Voxels of the image that is predicted: one and a half patches along the first axis, so that nnU-Net lays two
+    patches, half over each other."""
+    depth, height, width = request.size
+    return depth + depth // 2, height, width
+
+
+def prediction_run(request: Request, network: Any) -> Callable[[], object]:
+    """nnU-Net's sliding-window prediction of one image, without mirroring. On CUDA it takes half precision, whatever
+    the request's."""
+    with redirect_stdout(StringIO()):  # where it says that nothing but CUDA can hold the results
+        predictor = nnUNetPredictor(use_mirroring=False, device=torch.device(request.device), allow_tqdm=False)
+    network.decoder.deep_supervision = False
+    predictor.network = network.to(request.device)
+    predictor.configuration_manager = SimpleNamespace(patch_size=request.size)
+    predictor.label_manager = SimpleNamespace(num_segmentation_heads=CLASSES)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(request.channels, *predicted_size(request), generator=generator)
+    return lambda: predictor.predict_sliding_window_return_logits(image)
+
+
 def make_segmentation(request: Request, name: str, training: bool) -> Callable[[], object]:
-    """:func:`segmentation_run` of a network of :func:`networks`."""
-    return segmentation_run(request, networks(request)[name], training)
+    """:func:`finetuning_run` or :func:`prediction_run` of a network of :func:`networks`."""
+    make = finetuning_run if training else prediction_run
+    return make(request, networks(request)[name])

@@ -52,15 +52,30 @@ def table(title: str, rows: Mapping[str, Any]) -> str:
     against = f"x {ratio.removeprefix('ratio_to_')}"
     lines = [
         f"{title}:",
-        f"  {'variant':<15}{'median s':>10}{'min':>9}{'max':>9}{against:>15}{'GMAC':>9}{'of peak':>9}{'GB':>9}"
+        f"  {'variant':<17}{'median s':>10}{'min':>9}{'max':>9}{against:>15}{'GMAC':>9}{'of peak':>9}{'GB':>9}"
         f"{'of copy':>9}" + (f"{'peak GB':>9}" if with_memory else ""),
     ]
     for variant, row in rows.items():
         lines.append(
-            f"  {variant:<15}{row['median_s']:>10.3f}{row['min_s']:>9.3f}{row['max_s']:>9.3f}{row[ratio]:>15.2f}"
+            f"  {variant:<17}{row['median_s']:>10.3f}{row['min_s']:>9.3f}{row['max_s']:>9.3f}{row[ratio]:>15.2f}"
             f"{row['forward_gmac']:>9.1f}{row['share_of_peak']:>9.0%}{row['counted_gb']:>9.2f}"
             f"{row['share_of_copy_ceiling']:>9.0%}" + (f"{row['memory_gb']:>9.2f}" if with_memory else "")
         )
+    return "\n".join(lines)
+
+
+def ratios_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Lines of :func:`nnunetv2_hyspark.benchmark.run.by_ratio`."""
+    blocks, dense = rows["blocks"], rows["dense"]
+    lines = [
+        "encoder forward and backward over mask ratios, and over the time with nothing hidden:",
+        f"  {'mask ratio':<12}{'1 - ratio':>10}{'blocks s':>11}{'over 0':>9}{'dense s':>10}{'over 0':>9}",
+    ]
+    lines += [
+        f"  {ratio:<12}{1 - float(ratio):>10.2f}{blocks[ratio]['median_s']:>11.3f}{blocks[ratio]['ratio_to_0']:>9.3f}"
+        f"{dense[ratio]['median_s']:>10.3f}{dense[ratio]['ratio_to_0']:>9.3f}"
+        for ratio in blocks
+    ]
     return "\n".join(lines)
 
 

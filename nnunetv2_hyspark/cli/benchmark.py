@@ -16,7 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="time pre-training on this machine against dense references",
         description="Times the paper's network, or that of a plan, in one process, variants in turn: 'blocks' (this "
         "library), 'dense' (the same, dense-then-mask), 'official-like' (dense-then-mask as the official release "
-        "computes it). Ratios are medians over pairs of the same round.",
+        "computes it), and the block path by other backends. Ratios are medians over pairs of the same round. Settings "
+        "in nnUNet_hyspark apply.",
     )
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="default: all")
     parser.add_argument("--plans", type=Path, metavar="FILE",
@@ -29,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"),
                         help="crop, voxels (default: 96 96 96, or the plan's patch size)")
     parser.add_argument("--batch", type=int, help="crops per step (default: 1, or the plan's batch size)")
-    parser.add_argument("--mask-ratio", type=float, help="default: 0.75, or the plan's")
+    parser.add_argument("--mask-ratio", type=float, help="default: the settings' or the plan's, else 0.75")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9], help="for --what ratios")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="EDGE",
                         help="for --what sweep: edges of cubic crops, voxels (default: the crop above)")
@@ -84,14 +85,22 @@ def run(options: argparse.Namespace) -> None:
     from nnunetv2_hyspark.benchmark.run import measure
     from nnunetv2_hyspark.benchmark.sweep import sweep_points
     from nnunetv2_hyspark.cli.device import pick_device
+    from nnunetv2_hyspark.configuration import ENVIRONMENT_VARIABLE
     from nnunetv2_hyspark.geometry import as_size3
     from nnunetv2_hyspark.heap import SET_BY_USERS
+    from nnunetv2_hyspark.training.settings import resolve_settings
 
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     torch.backends.cudnn.benchmark = device == "cuda"  # as nnU-Net trains
     planned = read_plan(options.plans, options.configuration or "3d_fullres") if options.plans else None
+    settings = resolve_settings({}, "of the paper's network", "pretraining")
+    of_settings = {
+        "batch": settings.pretraining.batch_size or 1,
+        "mask_ratio": settings.pretraining.mask_ratio,
+        "base_width": settings.architecture.base_width,
+    }
     given: dict[str, Any] = {
         "size": as_size3(options.size, "--size") if options.size else None,
         "batch": options.batch,
@@ -100,11 +109,12 @@ def run(options: argparse.Namespace) -> None:
     }
     request = Request(
         **{
-            **(planned.defaults() if planned else {}),
+            **(planned.defaults() if planned else of_settings),
             **{key: value for key, value in given.items() if value is not None},
         },
         step=options.step, device=device, precision=options.precision, compile=options.compile,
-        repeats=options.repeats, budget=options.seconds, planned=planned,
+        repeats=options.repeats, budget=options.seconds, planned=planned, architecture=settings.architecture,
+        settings=settings.pretraining,
     )
     sizes = [as_size3(edge, "--sizes") for edge in options.sizes] if options.sizes else [request.size]
     for file in filter(None, (options.json, options.plot)):
@@ -115,8 +125,9 @@ def run(options: argparse.Namespace) -> None:
           f"{request.mask_ratio:.0%} masked, on {device}", flush=True)
     points = sweep_points(request, sizes, options.batches)
     results = measure(request, options.what, options.ratios, points, lambda line: print(line, flush=True))
-    of_malloc = [f"{name}={os.environ[name]}" for name in (*SET_BY_USERS, "GLIBC_TUNABLES") if name in os.environ]
-    results["command"] = shlex.join([*of_malloc, "hyspark", *sys.argv[1:]])
+    noted = (*SET_BY_USERS, "GLIBC_TUNABLES", ENVIRONMENT_VARIABLE)
+    variables = [f"{name}={shlex.quote(os.environ[name])}" for name in noted if name in os.environ]
+    results["command"] = " ".join([*variables, shlex.join(["hyspark", *sys.argv[1:]])])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
         print(f"written to {options.json}")

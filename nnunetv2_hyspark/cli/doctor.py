@@ -29,11 +29,9 @@ _DISTRIBUTIONS = (
     "batchgenerators",
     "batchgeneratorsv2",
 )
-_SPCONV_DISTRIBUTIONS = ("spconv-cu126", "spconv-cu124", "spconv-cu121", "spconv-cu120", "spconv-cu118", "spconv")
-_EXTRAS = {  # importable name -> (extra of ours, what it is for)
-    "spconv": ("spconv", "a second sparse backend; nothing uses it yet"),
-    "tensorboard": ("tensorboard", "training curves in TensorBoard"),
-}
+_EXTRAS = {"tensorboard": "training curves in TensorBoard"}
+"""Packages that our extras of the same name install, and what they are for."""
+
 _LEAST_SHARED_MEMORY = 2**30  # bytes; nnU-Net's workers hand whole batches over through it
 
 
@@ -205,10 +203,10 @@ def _check_discovery(report: Report, answer: dict[str, Any], warnings: list[str]
     if _startup.is_disabled():
         mend = "run `unset nnUNet_hyspark_disable`"
     elif hook == "active":
-        mend = "run `pip install --force-reinstall --no-deps` with nnunetv2-hyspark or the path of its checkout"
+        mend = "run `pip install --force-reinstall --no-deps .` in the checkout of nnunetv2-hyspark"
     else:
         mend = (
-            "run `pip install --force-reinstall --no-deps` with nnunetv2-hyspark or the path of its checkout, so that "
+            "run `pip install --force-reinstall --no-deps .` in the checkout of nnunetv2-hyspark, so that "
             "nnunetv2_hyspark.pth lies in site-packages; where that is not possible (`pip install --target`), "
             "run `export nnUNet_extTrainer=$(hyspark path)`, which nnU-Net 2.8 and newer honour"
         )
@@ -275,13 +273,11 @@ def _check_other_variables(report: Report) -> None:
 
 
 def _check_extras(report: Report) -> None:
-    for module, (extra, purpose) in _EXTRAS.items():
-        if find_spec(module) is None:
-            found = f"not installed; for {purpose}: `pip install 'nnunetv2-hyspark[{extra}]'`"
-        else:
-            names = _SPCONV_DISTRIBUTIONS if module == "spconv" else (module,)
-            found = _installed_version(*names) or "installed"
-        report.fact("optional", module, found)
+    for package, purpose in _EXTRAS.items():
+        found = f"not installed; for {purpose}: `pip install {package}`"
+        if find_spec(package) is not None:
+            found = _installed_version(package) or "installed"
+        report.fact("optional", package, found)
 
 
 def _check_shared_memory(report: Report) -> None:

@@ -34,7 +34,7 @@ def readable(facts: dict[str, Any]) -> str:
     if not facts["readable"]:
         lines.append(
             f"  WARNING: format {facts['format_version']} is newer than this version reads; "
-            f"pip install --upgrade nnunetv2-hyspark"
+            "install a newer nnunetv2-hyspark"
         )
     if not facts["finite"]:
         lines.append("  WARNING: some weights are NaN or infinite")

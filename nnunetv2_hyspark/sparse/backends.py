@@ -27,8 +27,8 @@ MEASURED = {"cpu": "gathered"}
 """The fastest backend by kind of device, as far as measured: no GPU has been, so it is the reference there."""
 
 GATHERED_VOXELS = 16
-"""Largest block for which gathered products were faster than a convolution of blocks with halos, on a CPU: 1.1 to 4
-times with 16 voxels or fewer and 64 to 384 channels, about equal with fewer channels, slower with 32 voxels."""
+"""Largest block for which gathered products are no slower than a convolution of blocks with halos on a CPU
+(docs/benchmarks.md): up to twice as fast with 8 voxels or fewer, level with 16, slower with 32."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference over largest value, by precision."""

@@ -24,7 +24,7 @@ class TensorBoardLogger:
         except ImportError:
             raise RuntimeError(
                 "tensorboard=true is set, but TensorBoard is not installed; run: pip install "
-                "'nnunetv2-hyspark[tensorboard]', or set tensorboard=false."
+                "tensorboard, or set tensorboard=false."
             ) from None
         self._writer = SummaryWriter(os.path.join(output_folder, "tensorboard"))
 

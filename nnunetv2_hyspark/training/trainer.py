@@ -266,6 +266,9 @@ class HySparKTrainer(nnUNetTrainer):
         try:
             source = json.loads(report.read_text(encoding="utf-8"))["source"]
         except (OSError, KeyError, TypeError, ValueError):
+            source = None
+        only_on_first(lambda: None)  # the first process writes the report anew, when all have read it
+        if source is None:
             return
         if not Path(source).is_file():
             raise FileNotFoundError(

@@ -65,7 +65,7 @@ def check_format(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) ->
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has checkpoint format {version}, this version of nnunetv2-hyspark reads up to {FORMAT_VERSION}; "
-            f"upgrade it with: pip install --upgrade nnunetv2-hyspark."
+            "install a newer one."
         )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +98,42 @@ def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, f
     assert {arm["plans"] for arm in study.arms.values() if "plans" in arm} <= set(study.other_plans)
 
 
+def runner(script, folder, minutes: float):
+    study = script("study")
+    description = json.loads((ROOT / "experiments" / "studies" / "openkbp_cpu.json").read_text())
+    return study.Runner(study.Study(**description), folder, minutes, [], [])
+
+
+def test_a_training_is_told_to_stop_when_the_time_is_up(script, tmp_path):
+    """It may save first; nothing else is interrupted, and failures are told from it."""
+    waiting = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(print('saved') or 143)); time.sleep(60)"
+    soon = runner(script, tmp_path, minutes=2 / 60)
+    log = tmp_path / "logs" / "log.txt"
+    begin = time.monotonic()
+    assert not soon.command(log, "python", "-u", "-c", waiting, can_stop=True)
+    assert time.monotonic() - begin < 30 and "saved" in log.read_text()
+    assert soon.command(log, "python", "-c", "import time; time.sleep(0.1)"), "planning is never interrupted"
+    failing = "raise SystemExit('no such case')"
+    with pytest.raises(RuntimeError, match="no such case"):
+        runner(script, tmp_path, minutes=5).command(log, "python", "-c", failing, can_stop=True)
+
+
+def test_the_page_is_what_the_script_writes(script, tmp_path, monkeypatch):
+    """Its p values aside, whose last digit may depend on SciPy."""
+    evidence = script("evidence")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    page = tmp_path / "docs" / "evidence.md"
+    page.unlink()
+    monkeypatch.setattr(evidence, "DOCS", tmp_path / "docs")
+    results = sorted(map(str, (ROOT / "experiments" / "results").glob("*.json")))
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *results])
+    evidence.main()
+    written, committed = (
+        re.sub(r"\(p [-+.e0-9]+\)", "(p)", text) for text in (page.read_text(), (ROOT / "docs/evidence.md").read_text())
+    )
+    assert written == committed, "run python experiments/evidence.py experiments/results/*.json"
+
+
 def test_comparison_pairs_cases_and_common_seeds(script):
     compare = script("evidence").compare
     theirs = [piece(0, [0.5] * 8), piece(1, [0.7] * 8), piece(2, [0.1] * 8)]
@@ -132,6 +171,43 @@ def test_folds_are_the_subsets_smallest_first(script):
     }
     subsets = script("make_datasets").subsets_of(splits)
     assert [(name, len(ids)) for name, ids in subsets.items()] == [("2", 2), ("4", 4), ("9", 9)]
+
+
+def test_splits_are_drawn_where_none_are_given(script):
+    cases = [f"case_{number:02d}" for number in range(50)]
+    splits = script("make_datasets").draw_splits(cases)
+    assert splits == script("make_datasets").draw_splits(cases), "the same every time"
+    assert len(splits["val"]) == 10 and sorted([*splits["val"], *splits["train_labelled"]]) == cases
+    assert splits["pretrain"] == splits["train_labelled"], "what is validated is never seen"
+    subsets = splits["few_label_subsets"]
+    assert [len(ids) for ids in subsets.values()] == [2, 4, 8] and set(subsets["5 %"]) < set(subsets["20 %"])
+    assert set(subsets["20 %"]) < set(splits["train_labelled"])
+
+
+def test_any_data_set_of_nnunet_is_a_source(script, tmp_path, monkeypatch, point_nnunet_to):
+    folder = tmp_path / "Dataset009_Spleen"
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    for number in range(5):
+        for channel in range(2):
+            (folder / "imagesTr" / f"spleen_{number}_{channel:04d}.nii.gz").touch()
+        (folder / "labelsTr" / f"spleen_{number}.nii.gz").touch()
+    description = {"channel_names": {"0": "CT", "1": "PET"}, "labels": {"background": 0, "spleen": 1},
+                   "numTraining": 5, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    point_nnunet_to("nnUNet_raw", tmp_path)
+    make_datasets = script("make_datasets")
+    source = make_datasets.read_nnunet(9, None, "")
+    assert source.name == "Spleen" and source.modality == "CT" and len(source.splits["val"]) == 1
+    make_datasets.write_labelled(tmp_path / "Dataset971_Spleen", source)
+    made = json.loads((tmp_path / "Dataset971_Spleen" / "dataset.json").read_text())
+    assert made["numTraining"] == 5 and made["labels"] == description["labels"]
+    assert [Path(file).name for file in made["dataset"]["spleen_3"]["images"]] == [
+        "spleen_3_0000.nii.gz", "spleen_3_0001.nii.gz"]
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"pretrain": ["spleen_1"], "train_labelled": ["spleen_9"], "val": []}))
+    with pytest.raises(ValueError, match="names 1 case.s. that Dataset009_Spleen does not have, spleen_9 among them"):
+        make_datasets.read_nnunet(9, splits, "")
 
 
 def test_plans_are_edited_where_a_name_belongs(script, tmp_path):

@@ -130,11 +130,18 @@ def pretraining_table(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def with_its_study(results: dict[str, Any]) -> dict[str, Any]:
-    """Results with the study's file as it is, over the copy that was stored when a piece was last added."""
+    """Results with what the study's file says now of the tables: their text, structures, the arms' order and baselines.
+    What was trained is told by the copy that was stored with the pieces."""
     file = Path(__file__).parent / "studies" / f"{results.get('study', {}).get('name')}.json"
     if not file.is_file():
         return results
-    return {**results, "study": {**results["study"], **json.loads(file.read_text(encoding="utf-8"))}}
+    stored, present = results["study"], json.loads(file.read_text(encoding="utf-8"))
+    arms = {
+        arm: {**stored["arms"].get(arm, options), **{k: v for k, v in options.items() if k == "baselines"}}
+        for arm, options in present["arms"].items()
+    }
+    texts = {key: present[key] for key in ("table", "structures") if key in present}
+    return {**results, "study": {**stored, **texts, "arms": arms}}
 
 
 def section(results: dict[str, Any]) -> list[str]:

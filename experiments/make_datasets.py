@@ -79,18 +79,25 @@ def read_nnunet(number: int, splits: Path | None, modality: str) -> Source:
     description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     table = get_filenames_of_train_images_and_targets(str(folder), description)
     chosen = json.loads(splits.read_text(encoding="utf-8")) if splits else draw_splits(sorted(table))
+    subsets = [case for ids in chosen.get("few_label_subsets", {}).values() for case in ids]
+    if not set(subsets) <= set(chosen["train_labelled"]) or set(chosen["val"]) & set(chosen["train_labelled"]):
+        raise ValueError(
+            f"{splits} has subsets that are not part of train_labelled, or val and train_labelled share cases; "
+            f"expected subsets of train_labelled, and others for validation."
+        )
     unknown = sorted({*chosen["pretrain"], *chosen["train_labelled"], *chosen["val"]} - set(table))
     if unknown:
         raise ValueError(
             f"{splits} names {len(unknown)} case(s) that {name} does not have, {unknown[0]} among them; expected the "
             f"names of its files without channel and ending, such as {min(table)}."
         )
+    names = description["channel_names"]
     return Source(
         name.partition("_")[2],
         {case: [str(Path(file).absolute()) for file in entry["images"]] for case, entry in table.items()},
         {case: str(Path(entry["label"]).absolute()) for case, entry in table.items()},
         {key: value for key, value in description.items() if key != "dataset"},
-        modality or ("CT" if description["channel_names"]["0"].lower() == "ct" else "MR"), chosen,
+        modality or ",".join(names[key] for key in sorted(names, key=int)), chosen,
     )
 
 
@@ -132,7 +139,7 @@ def main() -> None:
     parser.add_argument("--pile", type=int, required=True, help="number of the data set without labels")
     parser.add_argument("--labelled", type=int, required=True, help="number of the labelled data set")
     parser.add_argument("--name", help="for --source")
-    parser.add_argument("--modality", help="CT, MR, ...; default: CT, or for --dataset CT where it says so, else MR")
+    parser.add_argument("--modality", help="CT, MR, ..., PET,CT; default: CT, or for --dataset its channels' names")
     parser.add_argument("--labels", nargs="+", help="for --source: names of labels 1, 2, ...")
     arguments = parser.parse_args()
     if arguments.source:

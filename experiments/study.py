@@ -16,11 +16,12 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -141,7 +142,7 @@ class Runner:
             print("$", *command, file=output, flush=True)
             process = subprocess.Popen(
                 [str(Path(sys.executable).parent / command[0]), *command[1:]], env=surroundings, stdout=output,
-                stderr=output, stdin=subprocess.DEVNULL,
+                stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
             )
             try:
                 status = process.wait(max(0.0, min(self.until - time.monotonic(), YEAR)) if can_stop else None)
@@ -153,6 +154,9 @@ class Runner:
                 process.terminate()
                 process.wait()
                 raise
+            finally:
+                with suppress(ProcessLookupError):  # nnU-Net's own trainer leaves its workers behind when it is ended
+                    os.killpg(process.pid, signal.SIGKILL)
         if status:
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
         return True
@@ -187,13 +191,14 @@ class Runner:
             if self.is_over():
                 return None
             weights = more
+            is_trained = bool(found) and (found[0] / "checkpoint_final.pth").exists()  # its validation is one piece
             if found and any(found[0].glob("checkpoint_*.pth")):
                 weights = tuple(word for word in more if word != "-pretrained_weights" and not word.endswith(".pth"))
                 weights = (*weights, "--c")
             folder.mkdir(parents=True, exist_ok=True)
             finished = self.command(
                 log, "nnUNetv2_train", str(number), "3d_fullres", fold, "-device", self.study.device, *weights,
-                can_stop=True, nnUNet_results=str(folder), **keywords,
+                can_stop=not is_trained, nnUNet_results=str(folder), **keywords,
             )
             if not finished:
                 return None

@@ -43,8 +43,10 @@ class HySparKFinetuneTrainer(HySparKTrainer):
             self.enable_deep_supervision = False
         super().initialize()
         self.bad_steps_in_a_row = 0
+        self.step_in_epoch = 0
         self.latest_is_due = False
         self.best_stored = None
+        self.draw_progress, self.logger.plot_progress_png = self.logger.plot_progress_png, self.try_to_draw_progress
         network = unwrap(self.network)
         if isinstance(network, HySparKUNet):
             self.hand_over_loader(network)
@@ -98,7 +100,7 @@ class HySparKFinetuneTrainer(HySparKTrainer):
             self.initialize()
         goes_on = self.was_resumed or (self.continue_training and bool(checkpoints_in(self.folder)))
         if self.needs_weights and not goes_on:
-            if self.continue_training:
+            if self.continue_training and not self.weights_were_loaded:
                 self.load_again()
             self.load_remembered()
         super().on_train_start()
@@ -254,10 +256,22 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         if name == BEST:
             self.best_stored = self._best_ema
 
+    def try_to_draw_progress(self, folder: str) -> None:
+        """nnU-Net's ``progress.png``, which a full disk may prevent."""
+        try:
+            self.draw_progress(folder)
+        except OSError as error:
+            self.print_to_log_file(f"WARNING: progress.png was not written: {error}")
+
     @property
     def must_save(self) -> bool:
         """Whether the run is about to end."""
-        return self.stop.received is not None or self.bad_steps_in_a_row >= self.settings.finetuning.max_bad_steps
+        return self.is_leaving or self.bad_steps_in_a_row >= self.settings.finetuning.max_bad_steps
+
+    def run_state(self) -> dict[str, Any]:
+        """How far the run is, with the steps of an epoch that is not done: its weights are further than those of the
+        epoch's start, though it is repeated."""
+        return {**super().run_state(), "epoch_so_far": {"step": self.step_in_epoch} if self.epoch_is_open else None}
 
     def restore_run_state(self, checkpoint: dict[str, Any]) -> None:
         """Takes over what :meth:`run_state` wrote, and which best checkpoint there is."""

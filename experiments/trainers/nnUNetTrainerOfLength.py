@@ -9,7 +9,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 class nnUNetTrainerOfLength(nnUNetTrainer):
     """nnUNetTrainer; ``EPOCHS``, ``ITERATIONS`` and ``VAL_ITERATIONS`` of the environment say how long it trains.
 
-    It saves every fifth epoch: unlike ours, it saves nothing when it is told to stop.
+    It saves every fifth epoch, each checkpoint whole or not at all: unlike ours, it saves nothing when it is told to
+    stop.
     """
 
     def __init__(
@@ -25,3 +26,10 @@ class nnUNetTrainerOfLength(nnUNetTrainer):
         self.num_epochs = int(os.environ["EPOCHS"])
         self.num_iterations_per_epoch = int(os.environ["ITERATIONS"])
         self.num_val_iterations_per_epoch = int(os.environ["VAL_ITERATIONS"])
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's, renamed when it is written."""
+        partial = f"{filename}.part"
+        super().save_checkpoint(partial)
+        if os.path.exists(partial):
+            os.replace(partial, filename)

@@ -27,7 +27,7 @@ def save_plot(results: Mapping[str, Any], path: Path) -> None:
     """Draws what is in the results, one panel per measurement, into a PNG file.
 
     Args:
-        results: as ``hyspark benchmark`` writes them to JSON, of this version or an earlier one.
+        results: as ``hyspark benchmark`` writes them to JSON.
         path: where to.
 
     Raises:

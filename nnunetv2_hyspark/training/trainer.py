@@ -98,6 +98,7 @@ class HySparKTrainer(nnUNetTrainer):
         self.resumed_from = ""
         self.epochs_before = 0
         self.training_began = False
+        self.is_leaving = False
         self.weights_were_loaded = False
         self.epoch_is_open = False
         self.claimed: TextIO | None = None
@@ -211,9 +212,12 @@ class HySparKTrainer(nnUNetTrainer):
                 super().run_training()
             except RuntimeError:
                 # a signal to the whole process group ends the data workers too, which shows before the next step
-                if self.stop.received is not None:
+                if self.stop.received is None:
+                    raise
+                if self.epoch_is_open:
                     self.save_and_leave(wait=False)
-                raise
+                self.print_to_log_file(f"Stopped by {self.stop.name}, with nothing new to save.")
+                raise SystemExit(self.stop.exit_status) from None
             self.leave_after_training()
 
     def on_train_start(self) -> None:
@@ -238,7 +242,13 @@ class HySparKTrainer(nnUNetTrainer):
         super().on_train_start()
 
     def _check_other_folds(self) -> None:
-        """Prediction builds the network of every fold from one ``plans.json``, which each training writes."""
+        """Prediction builds the network of every fold from one ``plans.json``, which each training writes.
+
+        Raises:
+            ValueError: if another fold has checkpoints of another network; nothing has been changed then.
+        """
+        if self.stage == "pretraining":  # nothing is predicted with these
+            return
         path = Path(self.output_folder_base) / "plans.json"
         others = [folder for folder in path.parent.glob("fold_*") if folder != self.folder and checkpoints_in(folder)]
         if not others or not path.is_file():
@@ -268,7 +278,8 @@ class HySparKTrainer(nnUNetTrainer):
         except (OSError, KeyError, TypeError, ValueError):
             source = None
         only_on_first(lambda: None)  # the first process writes the report anew, when all have read it
-        if source is None:
+        remembered = self.settings.checkpoint
+        if source is None or (remembered is not None and source == remembered.path):  # loaded anyway, and checked
             return
         if not Path(source).is_file():
             raise FileNotFoundError(
@@ -293,7 +304,7 @@ class HySparKTrainer(nnUNetTrainer):
             owner = trainer()
             if owner is None:
                 raise RuntimeError(f"{filename} was not loaded: the trainer of this network is gone.")
-            owner.load_pretrained(filename)
+            owner.load_pretrained(os.path.abspath(filename))  # the report is read from other folders too
 
         network.hyspark_load_pretrained = load  # type: ignore[assignment]
 
@@ -318,6 +329,7 @@ class HySparKTrainer(nnUNetTrainer):
     def write_load_report(self, report: LoadReport) -> None:
         """Writes ``load_report.json``; weights are loaded before the training starts, so an earlier run goes first."""
         if not self.continue_training:
+            self._check_other_folds()
             only_on_first(self._set_earlier_run_aside)
         self.weights_were_loaded = True
         if self.local_rank == 0:
@@ -362,6 +374,7 @@ class HySparKTrainer(nnUNetTrainer):
         Raises:
             SystemExit: with status 128 + signal.
         """
+        self.is_leaving = True
         try:
             self.save_checkpoint(str(self.folder / LATEST))
         finally:

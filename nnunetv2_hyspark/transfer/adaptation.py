@@ -21,8 +21,8 @@ def adapt_channels(
         weight: ``(out, in, k0, k1, k2)``.
         channels: new number of input channels.
         chosen: for every new channel an old one, from 0, or -1; empty for no choice.
-        masks: how many of the last channels hold masks of an earlier stage, not images; without a choice they get
-            zeros, and the others are adapted among themselves.
+        masks: how many of the last new channels hold masks of an earlier stage, while the old ones are images; without
+            a choice they get zeros, and the others are adapted among themselves.
 
     Returns:
         ``(out, channels, k0, k1, k2)``, and what was done.
@@ -31,7 +31,7 @@ def adapt_channels(
         ValueError: if the choice does not fit the numbers of channels.
     """
     old = weight.shape[1]
-    if masks and not chosen and channels != old:
+    if masks and not chosen:
         images, how = adapt_channels(weight, channels - masks)
         zeros = weight.new_zeros(weight.shape[0], masks, *weight.shape[2:])
         notes = filter(None, (how, f"{masks} channel(s) of masks begin with zeros"))

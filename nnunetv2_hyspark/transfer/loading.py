@@ -48,6 +48,9 @@ def load_pretrained_encoder(
     description = description_of(checkpoint)
     weights = network_weights(checkpoint, filename)
     trained = ("decoder.",) if with_decoder and has_trained_decoder(description, weights) else ()
+    first, own_first = image_weight(weights), image_weight(network.state_dict())
+    if description.get("kind") == "finetuning" and first is not None and own_first is not None:
+        masks = 0 if first.shape[1] == own_first.shape[1] else masks  # it was such a stage itself
     return load_encoder(
         network, weights, str(filename), description, allow_partial, channels, trained, on_refusal=on_refusal,
         masks=masks,

@@ -107,7 +107,7 @@ def runner(script, folder, minutes: float):
 def test_a_training_is_told_to_stop_when_the_time_is_up(script, tmp_path):
     """It may save first; nothing else is interrupted, and failures are told from it."""
     waiting = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(print('saved') or 143)); time.sleep(60)"
-    soon = runner(script, tmp_path, minutes=2 / 60)
+    soon = runner(script, tmp_path, minutes=10 / 60)
     log = tmp_path / "logs" / "log.txt"
     begin = time.monotonic()
     assert not soon.command(log, "python", "-u", "-c", waiting, can_stop=True)
@@ -198,7 +198,7 @@ def test_any_data_set_of_nnunet_is_a_source(script, tmp_path, monkeypatch, point
     point_nnunet_to("nnUNet_raw", tmp_path)
     make_datasets = script("make_datasets")
     source = make_datasets.read_nnunet(9, None, "")
-    assert source.name == "Spleen" and source.modality == "CT" and len(source.splits["val"]) == 1
+    assert source.name == "Spleen" and source.modality == "CT,PET" and len(source.splits["val"]) == 1
     make_datasets.write_labelled(tmp_path / "Dataset971_Spleen", source)
     made = json.loads((tmp_path / "Dataset971_Spleen" / "dataset.json").read_text())
     assert made["numTraining"] == 5 and made["labels"] == description["labels"]
@@ -206,6 +206,10 @@ def test_any_data_set_of_nnunet_is_a_source(script, tmp_path, monkeypatch, point
         "spleen_3_0000.nii.gz", "spleen_3_0001.nii.gz"]
     splits = tmp_path / "splits.json"
     splits.write_text(json.dumps({"pretrain": ["spleen_1"], "train_labelled": ["spleen_9"], "val": []}))
+    overlapping = {"pretrain": [], "train_labelled": ["spleen_1"], "val": ["spleen_1"]}
+    (tmp_path / "overlapping.json").write_text(json.dumps(overlapping))
+    with pytest.raises(ValueError, match="val and train_labelled share cases"):
+        make_datasets.read_nnunet(9, tmp_path / "overlapping.json", "")
     with pytest.raises(ValueError, match="names 1 case.s. that Dataset009_Spleen does not have, spleen_9 among them"):
         make_datasets.read_nnunet(9, splits, "")
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from nnunetv2_hyspark.training import trainer as trainer_module
-from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in
+from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in, progress_of
+from nnunetv2_hyspark.transfer.report import LoadReport
 
 SHORT = "finetuning.epochs=2,finetuning.warmup_epochs=0,finetuning.save_every=1,iterations_per_epoch=2"
 FINETUNE = "HySparKFinetuneTrainer"
@@ -127,6 +128,60 @@ def test_a_signal_that_ends_the_workers_too_costs_no_progress(make_trainer, monk
     assert "Run the same command with --c to go on" in log_of(trainer)
 
 
+def test_a_signal_while_a_run_starts_writes_nothing(make_trainer: Callable, monkeypatch) -> None:
+    """No step has been done, and what lies there may be another run's."""
+    first = make_trainer(SHORT, trainer_name=SCRATCH)
+    first.run_training()
+    release(first)
+    (first.folder / FINAL).rename(first.folder / LATEST)
+    before = {path.name: path.read_bytes() for path in checkpoints_in(first.folder)}
+    again = make_trainer(f"{SHORT},finetuning.epochs=4", continue_training=True, trainer_name=SCRATCH)
+
+    def signalled():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("One or more background workers are no longer alive.")
+
+    monkeypatch.setattr(again, "get_dataloaders", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        again.run_training()
+    assert stopped.value.code == 143
+    assert {path.name: path.read_bytes() for path in checkpoints_in(first.folder)} == before
+
+
+def test_what_a_signal_saved_comes_before_the_best_epoch(make_trainer: Callable, monkeypatch) -> None:
+    """Both say that as many epochs are done, but the latest one has steps of the next."""
+    trainer = make_trainer(SHORT, trainer_name=SCRATCH)
+    ordinary, steps = trainer.train_step, []
+
+    def signalled(batch):
+        steps.append(trainer.current_epoch)
+        if steps.count(1) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ordinary(batch)
+
+    monkeypatch.setattr(trainer, "train_step", signalled)
+    with pytest.raises(SystemExit):
+        trainer.run_training()
+    release(trainer)
+    assert progress_of(trainer.folder / BEST) == (1, 0) and progress_of(trainer.folder / LATEST) == (1, 1)
+    again = make_trainer(SHORT, continue_training=True, trainer_name=SCRATCH)
+    assert again.resumed_from == LATEST and again.current_epoch == 1
+    again.run_training()
+    assert (again.folder / FINAL).is_file()
+
+
+def test_a_refused_fold_leaves_its_own_earlier_run(make_trainer: Callable, pretrained: str) -> None:
+    trained, other = (f"{SHORT},features_per_stage=[4,8,24],head_width={width}" for width in (4, 12))
+    for fold in (0, 1):
+        trainer = make_trainer(trained, trainer_name=SCRATCH, fold=fold)
+        trainer.run_training()
+        release(trainer)
+    again = make_trainer(other, trainer_name=SCRATCH, fold=1)
+    with pytest.raises(ValueError, match="fold_0 with another network"):
+        again.write_load_report(LoadReport("somewhere"))
+    assert FINAL in [path.name for path in checkpoints_in(trainer.folder)] and not again.weights_were_loaded
+
+
 def test_an_error_without_a_signal_stays_an_error(make_trainer: Callable, monkeypatch) -> None:
     trainer = make_trainer(SHORT, trainer_name=SCRATCH)
 
@@ -149,8 +204,14 @@ def test_a_full_disk_does_not_end_fine_tuning(make_trainer: Callable, monkeypatc
             raise OSError(f"could not write checkpoint {filename}")
         ordinary(checkpoint, filename)
 
+    def cannot_draw(folder):
+        raise OSError("no space left for progress.png")
+
     monkeypatch.setattr(trainer_module, "save_atomically", on_a_disk_that_is_full_for_a_while)
+    trainer.initialize()
+    monkeypatch.setattr(trainer, "draw_progress", cannot_draw)
     trainer.run_training()
+    assert log_of(trainer).count("WARNING: progress.png was not written: no space left") == 4
     assert saved[0] == (BEST, 0) and (LATEST, 1) in saved and (BEST, 1) in saved
     assert [name for name, epoch in saved if epoch > 1].count(LATEST) == 0, "once written, it is as seldom as asked for"
     assert trainer.save_every == 50 and (trainer.folder / FINAL).is_file()

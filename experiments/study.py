@@ -4,7 +4,8 @@
 
 The study's file says what is trained; see experiments/README.md. Every training is a piece: a finished one is never
 repeated, an interrupted one goes on, and after ``--minutes`` the one that runs is told to save and stop, so that a
-study can be run in several goes; ``--arms`` and ``--folds`` leave the others to another process beside this one.
+study can be run in several goes; ``--arms``, ``--folds`` and ``--seeds`` leave the others to another process beside
+this one.
 Results are added to experiments/results/NAME.json as they come. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always;
 FOLDER takes the results and the logs.
 """
@@ -88,11 +89,13 @@ class Runner:
     Args:
         study: what to run.
         minutes: no piece is begun after so many, and the one that runs is stopped.
-        arms, folds: which of the study's.
+        arms, folds, seeds: which of the study's.
     """
 
-    def __init__(self, study: Study, work: Path, minutes: float, arms: list[str], folds: list[int]):
-        self.study, self.work, self.arms, self.folds = study, work, arms, folds
+    def __init__(
+        self, study: Study, work: Path, minutes: float, arms: list[str], folds: list[int], seeds: list[int]
+    ):
+        self.study, self.work, self.arms, self.folds, self.seeds = study, work, arms, folds, seeds
         self.until = time.monotonic() + 60 * minutes
         self.file = HERE / "results" / f"{study.name}.json"
 
@@ -150,7 +153,7 @@ class Runner:
                 process.terminate()
                 process.wait()
                 return False
-            except BaseException:  # Ctrl-C ends both
+            except BaseException:  # Ctrl-C and SIGTERM end both
                 process.terminate()
                 process.wait()
                 raise
@@ -258,7 +261,7 @@ class Runner:
             return all(self.pretrain(name) is not None for name in self.study.pretraining)
         return all(
             self.piece(arm, fold, seed)
-            for seed in self.study.seeds
+            for seed in self.seeds
             for fold in self.folds
             for arm in self.arms
         )
@@ -266,21 +269,25 @@ class Runner:
 
 def main() -> None:
     """Runs a study or a part of it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--arms", nargs="+", help="default: all")
     parser.add_argument("--folds", nargs="+", type=int, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: all")
     arguments = parser.parse_args()
     study = Study(**json.loads(arguments.study.read_text(encoding="utf-8")))
     arms = arguments.arms or list(study.arms)
     if unknown := [arm for arm in arms if arm not in study.arms]:
         parser.error(f"--arms names {', '.join(unknown)}; the study has {', '.join(study.arms)}.")
-    folds = arguments.folds or study.folds
-    if unknown_folds := [str(fold) for fold in folds if fold not in study.folds]:
-        parser.error(f"--folds names {', '.join(unknown_folds)}; the study has {', '.join(map(str, study.folds))}.")
-    finished = Runner(study, arguments.work.resolve(), arguments.minutes, arms, folds).run()
+    numbers = {"folds": arguments.folds or study.folds, "seeds": arguments.seeds or study.seeds}
+    for name, chosen in numbers.items():
+        known = getattr(study, name)
+        if strange := [str(number) for number in chosen if number not in known]:
+            parser.error(f"--{name} names {', '.join(strange)}; the study has {', '.join(map(str, known))}.")
+    finished = Runner(study, arguments.work.resolve(), arguments.minutes, arms, **numbers).run()
     print(f"{study.name}: " + ("finished" if finished else "to be gone on with, by the same command"))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -101,7 +103,7 @@ def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, f
 def runner(script, folder, minutes: float):
     study = script("study")
     description = json.loads((ROOT / "experiments" / "studies" / "openkbp_cpu.json").read_text())
-    return study.Runner(study.Study(**description), folder, minutes, [], [])
+    return study.Runner(study.Study(**description), folder, minutes, [], [], [])
 
 
 def test_a_training_is_told_to_stop_when_the_time_is_up(script, tmp_path):
@@ -116,6 +118,39 @@ def test_a_training_is_told_to_stop_when_the_time_is_up(script, tmp_path):
     failing = "raise SystemExit('no such case')"
     with pytest.raises(RuntimeError, match="no such case"):
         runner(script, tmp_path, minutes=5).command(log, "python", "-c", failing, can_stop=True)
+
+
+def test_ending_a_study_ends_its_training(tmp_path):
+    """A training left alone would hold its folder against the study that goes on."""
+    folders = {name: str(tmp_path / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    study = json.loads((ROOT / "experiments" / "studies" / "hippocampus_cpu.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps({**study, "name": "ended"}))
+    pretraining = tmp_path / "nnUNet_preprocessed" / f"Dataset{study['pile']:03d}_Pile"
+    labelled = tmp_path / "nnUNet_preprocessed" / f"Dataset{study['labelled']:03d}_Labelled"
+    for folder in (pretraining, labelled):
+        folder.mkdir(parents=True)
+        for name in ("nnUNetHySparKPlans", *study["other_plans"]):
+            (folder / f"{name}.json").write_text("{}")
+    fake = tmp_path / "bin" / "nnUNetv2_train"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 300\n")
+    fake.chmod(0o755)
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'experiments')!r}); import study; "
+        f"sys.executable = {str(fake.parent / 'python')!r}; study.main()"
+    )
+    arguments = [str(tmp_path / "study.json"), "--work", str(tmp_path / "work")]
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], env={**os.environ, **folders})
+    try:
+        until = time.monotonic() + 60
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_the_page_is_what_the_script_writes(script, tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
         return optimizer, schedule
 
     def _build_loss(self):
-        return reconstruction_loss
+        return functools.partial(reconstruction_loss, target=self.options.target)
 
     def _set_batch_size_and_oversample(self) -> None:
         world_size, rank = (self.world_size, self.rank) if self.is_ddp else (1, 0)
@@ -391,7 +391,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
         )
         results = [result for part in gather(results) for result in part]
         if self.rank == 0:
-            means = write_summary(folder / "summary.json", results, self.options.mask_ratio)
+            means = write_summary(folder / "summary.json", results, self.options.mask_ratio, self.options.target)
             self.print_to_log_file("Validation complete", also_print_to_console=True)
             if means:
                 self.print_to_log_file(f"Mean reconstruction loss: {means['loss']:.4f}", also_print_to_console=True)

@@ -144,7 +144,7 @@ def make_step(request: Request, variant: str) -> Callable[[], float]:
         optimizer.zero_grad(set_to_none=True)
         with autocast(request):
             reconstruction = network(image, visible)
-        loss = reconstruction_loss(image, reconstruction, visible)
+        loss = reconstruction_loss(image, reconstruction, visible, model.target)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), request.pretraining.gradient_clip)

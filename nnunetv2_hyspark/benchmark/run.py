@@ -80,7 +80,7 @@ def _computed(request: Request, variant: str) -> dict[str, torch.Tensor]:
     model, image, visible = build(request, variant)
     with torch.no_grad(), autocast(request):
         reconstruction = model(image, visible)
-        loss = reconstruction_loss(image, reconstruction, visible)
+        loss = reconstruction_loss(image, reconstruction, visible, model.target)
     with autocast(request):
         layout = model.lay_out(visible)
         features = [layout.scatter(feature) for feature in model.encode(image, layout)]

@@ -43,7 +43,7 @@ def trace_pretraining(
     def step(network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
         with precision(mixed):
             reconstruction = network(image, visible)
-        return reconstruction_loss(image, reconstruction, visible)
+        return reconstruction_loss(image, reconstruction, visible, config.target)
 
     return trace_step(build, (crops, input_channels, *size), step)
 

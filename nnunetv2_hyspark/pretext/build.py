@@ -78,4 +78,4 @@ def build_hyspark(
             config.decoder_norm,
             config.skips,
         )
-    return HySparK(encoder, decoder, layout, config.hidden_neighbours, config.bottom_up)
+    return HySparK(encoder, decoder, layout, config.hidden_neighbours, config.bottom_up, config.target)

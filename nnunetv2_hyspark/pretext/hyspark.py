@@ -16,6 +16,9 @@ from ..networks.reconstruction import SKIPS, ReconstructionDecoder, Transferable
 from ..sparse import BlockLayout, SparseLayout
 from ..sparse.backends import BACKENDS, Convolution
 
+TARGETS = ("cell", "intensity")
+"""What reconstructions are compared with; see :func:`target_statistics`."""
+
 
 @dataclass(frozen=True)
 class HySparKConfig:
@@ -46,6 +49,13 @@ class HySparKConfig:
                   "matrix products over pairs of visible voxels for small blocks, where nothing is autocast; triton: "
                   "depthwise ones on CUDA without copies of halos (not yet run on a GPU); auto: gathered on CPUs, else "
                   "torch; compared with torch at the start"},
+    )
+    target: str = field(
+        default="cell",
+        metadata={"choices": TARGETS, "help": "what reconstructions are compared with: cell: intensities in units of "
+                  "each hidden cell's deviation around its mean, as in the paper; intensity: preprocessed intensities "
+                  "as they are, so that a cell's brightness has to be inferred too and faint noise counts little (not "
+                  "in the paper)"},
     )
     decoder: str = field(
         default="reconstruction",
@@ -170,45 +180,77 @@ def cell_statistics(cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (cells.var(-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
 
 
+def target_statistics(cells: torch.Tensor, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a reconstruction's 0 and 1 stand for in preprocessed intensities, per cell and channel.
+
+    Args:
+        cells: ``(..., C, v)``, see :func:`patchify`.
+        target: ``"cell"``: mean and deviation of each cell, see :func:`cell_statistics`; ``"intensity"``: 0 and 1.
+
+    Returns:
+        Mean and deviation, ``(..., C, 1)``.
+
+    Raises:
+        ValueError: for another target.
+    """
+    if target == "cell":
+        return cell_statistics(cells)
+    if target == "intensity":
+        zero = torch.zeros_like(cells[..., :1])
+        return zero, torch.ones_like(zero)
+    raise ValueError(f"the target is {target!r}; expected one of {', '.join(TARGETS)}.")
+
+
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Promotes integers and half precision to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def reconstruction_loss(image: torch.Tensor, reconstruction: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Mean squared error on masked cells against targets normalised per cell and channel (section 2.3).
+def reconstruction_loss(
+    image: torch.Tensor, reconstruction: torch.Tensor, visible: torch.Tensor, target: str = "cell"
+) -> torch.Tensor:
+    """Mean squared error on masked cells, against targets normalised per cell and channel in the paper (section 2.3).
 
     Args:
         image: ``(B, C, D, H, W)``.
         reconstruction: same shape.
         visible: boolean ``(B, g0, g1, g2)``.
+        target: what is compared with; see :func:`target_statistics`.
 
     Returns:
         Scalar, float32 or better: the error averaged over the voxels and channels of a cell, then over all masked
         cells.
     """
     cell = divide(as_size3(image.shape[2:]), as_size3(visible.shape[1:]), "image of size")
-    target = patchify(_at_least_float32(image), cell)
-    mean, std = cell_statistics(target)
+    truth = patchify(_at_least_float32(image), cell)
+    mean, std = target_statistics(truth, target)
     prediction = patchify(_at_least_float32(reconstruction), cell)
     # all cells, since a GPU has to be waited for where hidden ones are picked out
-    difference = (prediction - (target - mean) / std).masked_fill(visible[..., None, None], 0)
+    difference = (prediction - (truth - mean) / std).masked_fill(visible[..., None, None], 0)
     return difference.square().mean((-2, -1)).sum() / (~visible).sum()
 
 
-def denormalise(image: torch.Tensor, reconstruction: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Brings a prediction to the image's intensities with each cell's own statistics, and keeps visible cells.
+def denormalise(
+    image: torch.Tensor, reconstruction: torch.Tensor, visible: torch.Tensor, target: str = "cell"
+) -> torch.Tensor:
+    """Brings a prediction to the image's intensities, and keeps visible cells.
 
-    Only for looking at: the statistics are the hidden cells' true ones.
+    For looking at: where the target is ``"cell"``, the statistics are the hidden cells' true ones.
+
+    Args:
+        image: ``(B, C, D, H, W)``.
+        reconstruction: same shape.
+        visible: boolean ``(B, g0, g1, g2)``.
+        target: what the prediction was trained for; see :func:`target_statistics`.
 
     Returns:
         ``(B, C, D, H, W)``, float32 or better.
     """
     cell = divide(as_size3(image.shape[2:]), as_size3(visible.shape[1:]), "image of size")
-    target = patchify(_at_least_float32(image), cell)
-    mean, std = cell_statistics(target)
+    truth = patchify(_at_least_float32(image), cell)
+    mean, std = target_statistics(truth, target)
     filled = patchify(_at_least_float32(reconstruction), cell) * std + mean
-    return unpatchify(torch.where(visible[..., None, None], target, filled), cell)
+    return unpatchify(torch.where(visible[..., None, None], truth, filled), cell)
 
 
 class HySparK(nn.Module):
@@ -222,6 +264,7 @@ class HySparK(nn.Module):
         hidden_neighbours: what convolutions take for hidden voxels, ``"zero"`` or ``"nearest"``.
         bottom_up: whether the CNN computes visible cells alone; else it runs on the whole image with zeros in hidden
             cells, and what it made of those is dropped (the paper's table 5, "w/o bottom-up masking").
+        target: what reconstructions are compared with; see :func:`target_statistics`.
 
     Attributes:
         hyspark_load_pretrained: who loads ``-pretrained_weights`` in place of nnU-Net, given the file's name; a trainer
@@ -237,6 +280,7 @@ class HySparK(nn.Module):
         layout: Callable[[torch.Tensor, str], SparseLayout] = BlockLayout,
         hidden_neighbours: str = "zero",
         bottom_up: bool = True,
+        target: str = "cell",
     ):
         super().__init__()
         self.encoder = encoder
@@ -244,6 +288,7 @@ class HySparK(nn.Module):
         self.layout = layout
         self.hidden_neighbours = hidden_neighbours
         self.bottom_up = bottom_up
+        self.target = target
         self.kernels = list(zip(block_shapes(encoder.strides), encoder.cnn.kernel_sizes))
 
     def draw_mask(
@@ -275,7 +320,8 @@ class HySparK(nn.Module):
             visible: boolean ``(B, g0, g1, g2)``, True at visible cells.
 
         Returns:
-            ``(B, C, D, H, W)``, in units of each cell's standard deviation around its mean.
+            ``(B, C, D, H, W)``, in units of the target: each cell's standard deviation around its mean, or
+            preprocessed intensities.
         """
         layout = self.lay_out(visible)
         return self.reconstruction(self.encode(image, layout), layout)

@@ -65,7 +65,7 @@ class PretrainingLog(LocalLogger):
         figure, axes = plt.subplots(4, 1, figsize=(11, 16), sharex=True, constrained_layout=True)
         twins = [axis.twinx() for axis in axes]
         curves = (
-            (axes[0], "train_losses", "training loss", "tab:blue", "reconstruction loss\n(masked cells, normalised)"),
+            (axes[0], "train_losses", "training loss", "tab:blue", "reconstruction loss\n(masked cells)"),
             (axes[0], "val_losses", "validation loss", "tab:red", ""),
             (twins[0], "probe_dice", "Dice of the linear probe", "tab:green", "Dice"),
             (axes[1], "lrs", "learning rate", "tab:blue", "learning rate"),

@@ -19,7 +19,8 @@ class Reconstruction:
     Attributes:
         image: float32 ``(C, D, H, W)``.
         visible: boolean ``(D, H, W)``, what the encoder saw.
-        restored: the image with its hidden cells reconstructed, each with its own true mean and deviation.
+        restored: the image with its hidden cells reconstructed; by a network whose target is normalised per cell, each
+            with its own true mean and deviation.
         loss: see :func:`nnunetv2_hyspark.pretext.hyspark.reconstruction_loss`.
     """
 
@@ -54,6 +55,6 @@ def reconstruct(
     return Reconstruction(
         image[0].cpu().numpy(),
         upsample_mask(visible, network.encoder.junction_stride)[0, 0].cpu().numpy(),
-        denormalise(image, prediction, visible)[0].float().cpu().numpy(),
-        reconstruction_loss(image, prediction, visible).item(),
+        denormalise(image, prediction, visible, network.target)[0].float().cpu().numpy(),
+        reconstruction_loss(image, prediction, visible, network.target).item(),
     )

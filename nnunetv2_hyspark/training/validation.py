@@ -19,10 +19,17 @@ from .reconstruction import reconstruct
 CROPS_PER_CASE = 4
 
 UNITS = {
-    "loss": "mean squared error on masked cells, in units of each cell's variance",
-    "masked_mae": "mean absolute error on masked voxels, preprocessed intensities, each cell's own mean and deviation "
-    "restored",
+    "cell": {
+        "loss": "mean squared error on masked cells, in units of each cell's variance",
+        "masked_mae": "mean absolute error on masked voxels, preprocessed intensities, each cell's own mean and "
+        "deviation restored",
+    },
+    "intensity": {
+        "loss": "mean squared error on masked cells, preprocessed intensities",
+        "masked_mae": "mean absolute error on masked voxels, preprocessed intensities",
+    },
 }
+"""What is measured of a case, by the target of the loss."""
 
 
 def validate_cases(
@@ -103,14 +110,24 @@ def middle_corner(shape: Size3, patch_size: Size3) -> list[int]:
     return [(extent - edge) // 2 for extent, edge in zip(shape, patch_size)]
 
 
-def write_summary(path: Path, results: Sequence[Mapping[str, Any]], mask_ratio: float) -> dict[str, float]:
-    """Writes ``summary.json`` and returns the means over cases; none where there is no case."""
-    means = {key: float(np.mean([r[key] for r in results])) for key in UNITS} if results else {}
+def write_summary(
+    path: Path, results: Sequence[Mapping[str, Any]], mask_ratio: float, target: str
+) -> dict[str, float]:
+    """Writes ``summary.json`` and returns the means over cases; none where there is no case.
+
+    Args:
+        path: of the file.
+        results: of :func:`validate_cases`.
+        mask_ratio: fraction of hidden cells.
+        target: of the loss, a key of :data:`UNITS`.
+    """
+    units = UNITS[target]
+    means = {key: float(np.mean([r[key] for r in results])) for key in units} if results else {}
     summary = {
         "metric_per_case": sorted(results, key=lambda r: r["case"]),
         "mean": means,
         "mask_ratio": mask_ratio,
-        "units": UNITS,
+        "units": units,
     }
     path.write_text(json.dumps(summary, indent=2))
     return means

@@ -16,10 +16,13 @@ import pytest
 import torch
 
 from nnunetv2_hyspark.data import loader
+from nnunetv2_hyspark.masking import upsample_mask
 from nnunetv2_hyspark.sparse import backends
 from nnunetv2_hyspark.sparse.convolution import submanifold_conv3d
 from nnunetv2_hyspark.training import diagnosis
 from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in, kept_name, progress_of
+from nnunetv2_hyspark.training.reconstruction import reconstruct
+from nnunetv2_hyspark.training.whole_image import load_pretrained_model
 from nnunetv2_hyspark.transfer.reading import read_checkpoint
 
 REPRODUCIBLE = ("train_losses", "val_losses", "gradient_norms", "lrs", "effective_rank", "background_crops")
@@ -579,6 +582,29 @@ def test_a_segmentation_decoder_goes_from_pretraining_to_finetuning(make_trainer
     decoder = dict(second.network.decoder.named_parameters())
     equal = {name: torch.equal(decoder[name], trained[name]) for name in trained if trained[name].ndim > 1}
     assert equal and set(equal.values()) == {load_decoder}
+
+
+def test_intensities_as_targets_from_training_to_pictures(make_trainer):
+    """The network says the image's own values, in the loss, in the summary and where its checkpoint is looked at."""
+    trainer = make_trainer("target=intensity")
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    units = json.loads((trainer.folder / "validation" / "summary.json").read_text())["units"]
+    assert units["loss"] == "mean squared error on masked cells, preprocessed intensities"
+    image = torch.randn(2, 1, *trainer.patch_size, generator=torch.Generator().manual_seed(0)) + 5
+    model = load_pretrained_model(trainer.folder / FINAL, torch.device("cpu")).network
+    visible = model.draw_mask(2, trainer.patch_size, 0.5, torch.Generator().manual_seed(0))
+    hidden = ~upsample_mask(visible, model.encoder.junction_stride).expand_as(image)
+    with torch.no_grad():
+        prediction = model(image, visible)
+        trainer.model.eval()
+        loss = trainer.compute_loss(image, visible)
+        one = reconstruct(model, image[0].numpy(), 0.5, 3, torch.device("cpu"))
+        cells = tuple(slice(0, None, edge) for edge in model.encoder.junction_stride)
+        alone = model(image[:1], torch.from_numpy(one.visible[cells])[None])
+    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(prediction[hidden], image[hidden]))
+    expected = torch.where(torch.from_numpy(one.visible), image[0], alone[0])
+    torch.testing.assert_close(torch.from_numpy(one.restored), expected)
 
 
 def test_a_probe_data_set_that_is_not_there_ends_the_run_at_its_start(make_trainer):

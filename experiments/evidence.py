@@ -129,6 +129,18 @@ def pretraining_table(runs: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def losses_of_trainers(study: dict[str, Any], finished: dict[str, dict[str, Any]]) -> list[str]:
+    """Validation losses, epoch by epoch, of the pre-trainings of a study that compares trainers, and how far apart."""
+    trainers = study.get("pretraining_trainers", {})
+    if not trainers or not set(study["pretraining"]) <= set(finished):
+        return []
+    curves = {name: finished[name]["losses"] for name in study["pretraining"]}
+    shown = "; ".join(f"`{name}` {', '.join(f'{loss:.4f}' for loss in losses)}" for name, losses in curves.items())
+    apart = float(np.ptp(list(curves.values()), axis=0).max())
+    trained = ", ".join(f"`{name}` by `{trainer}`" for name, trainer in trainers.items())
+    return [f"Trained {trained}. Validation losses, epoch by epoch: {shown}; at most {apart:.4f} apart.", ""]
+
+
 def with_its_study(results: dict[str, Any]) -> dict[str, Any]:
     """Results with what the study's file says now of the tables: their text, structures, the arms' order and baselines.
     What was trained is told by the copy that was stored with the pieces."""
@@ -164,6 +176,7 @@ def section(results: dict[str, Any]) -> list[str]:
         lines += [f"Structures, in this order: {', '.join(study['structures'])}.", ""]
     finished = results["pretraining"]
     lines += pretraining_table({name: finished[name] for name in study["pretraining"] if name in finished})
+    lines += losses_of_trainers(study, finished)
     if not study["arms"]:
         return lines
     lines += [

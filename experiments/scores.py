@@ -48,6 +48,19 @@ def probe_dice(folder: Path) -> list[float]:
     return [float(dice) for dice in re.findall(r"linear probe: Dice (\d+\.?\d*)", logs)]
 
 
+def validation_losses(folder: Path) -> list[float]:
+    """Of every epoch of a pre-training, in order, from its logs; the last one counts where an epoch was repeated."""
+    losses: dict[int, float] = {}
+    epoch = 0
+    for log in sorted(folder.glob("training_log_*.txt")):
+        for line in log.read_text(encoding="utf-8").splitlines():
+            if found := re.search(r": Epoch (\d+) *$", line):
+                epoch = int(found.group(1))
+            elif found := re.search(r": val_loss (\S+)", line):
+                losses[epoch] = float(found.group(1))
+    return [losses[epoch] for epoch in sorted(losses)]
+
+
 def training_seconds(folder: Path) -> float:
     """Time of all epochs, from the training logs: without start-up, and whether or not the run was interrupted."""
     logs = "".join(log.read_text(encoding="utf-8") for log in sorted(folder.glob("training_log_*.txt")))

@@ -28,11 +28,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scores import probe_dice, score_validation, training_seconds
+from scores import probe_dice, score_validation, training_seconds, validation_losses
 
 HERE = Path(__file__).parent
 YEAR = 365 * 24 * 3600.0
-PLANS = "nnUNetHySparKPlans"
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Study:
         other_plans: further plans of the labelled data set: per name ``arguments`` of ``nnUNetv2_plan_experiment``, and
             ``edit``, values that replace those of configuration 3d_fullres.
         structures: names of labels 1, 2, ..., for the tables.
+        pretraining_trainers: trainers of those pre-trainings that are not HySparKPretrainTrainer's.
+        plans: name of HySparK's plans, another one where studies of the same data sets have other networks.
     """
 
     name: str
@@ -71,6 +72,8 @@ class Study:
     plan_edit: dict[str, Any] = field(default_factory=dict)
     table: str = ""
     structures: list[str] = field(default_factory=list)
+    pretraining_trainers: dict[str, str] = field(default_factory=dict)
+    plans: str = "nnUNetHySparKPlans"
 
 
 def edit_plans(file: Path, values: dict[str, Any]) -> None:
@@ -172,12 +175,13 @@ class Runner:
         """Plans and preprocesses both data sets, unless that is done."""
         for number in (self.study.pile, self.study.labelled):
             folders = list(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{number:03d}_*"))
-            if not any((folder / f"{PLANS}.json").exists() for folder in folders):
+            if not any((folder / f"{self.study.plans}.json").exists() for folder in folders):
                 self.command(
                     self.work / "logs" / f"plan_{number}.txt", "nnUNetv2_plan_and_preprocess", "-d", str(number), "-pl",
-                    "HySparKPlanner", "-c", "3d_fullres", *self.study.plan, settings=self.study.architecture,
+                    "HySparKPlanner", "-c", "3d_fullres", "-overwrite_plans_name", self.study.plans, *self.study.plan,
+                    settings=self.study.architecture,
                 )
-                edit_plans(self.preprocessed(number) / f"{PLANS}.json", self.study.plan_edit)
+                edit_plans(self.preprocessed(number) / f"{self.study.plans}.json", self.study.plan_edit)
         for name, plan in self.study.other_plans.items():
             file = self.preprocessed(self.study.labelled) / f"{name}.json"
             if not file.exists():
@@ -212,7 +216,8 @@ class Runner:
         settings = {"pretraining": self.study.pretraining[name]}
         folder = self.train(
             self.work / "pretraining" / name, self.work / "logs" / f"pretraining_{name}.txt", self.study.pile, "all",
-            "-tr", "HySparKPretrainTrainer", "-p", PLANS, settings=settings,
+            "-tr", self.study.pretraining_trainers.get(name, "HySparKPretrainTrainer"), "-p", self.study.plans,
+            settings=settings, nnUNet_extTrainer=str(HERE / "trainers"),
         )
         if folder is None:
             return None
@@ -224,6 +229,7 @@ class Runner:
                     "seconds": training_seconds(folder),
                     "summary": summary["mean"],
                     "probe": probe_dice(folder),
+                    "losses": validation_losses(folder),
                 }
         return folder / "checkpoint_final.pth"
 
@@ -232,7 +238,7 @@ class Runner:
         if any((p["arm"], p["fold"], p["seed"]) == (arm, fold, seed) for p in self.read()["pieces"]):
             return True
         options = self.study.arms[arm]
-        more = ["-tr", options["trainer"], "-p", options.get("plans", PLANS)]
+        more = ["-tr", options["trainer"], "-p", options.get("plans", self.study.plans)]
         if "weights" in options:
             checkpoint = self.pretrain(options["weights"])
             if checkpoint is None:

@@ -98,6 +98,7 @@ def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, f
     assert {arm["weights"] for arm in study.arms.values() if "weights" in arm} <= set(study.pretraining)
     assert {name for arm in study.arms.values() for name in arm.get("baselines", [])} <= set(study.arms)
     assert {arm["plans"] for arm in study.arms.values() if "plans" in arm} <= set(study.other_plans)
+    assert set(study.pretraining_trainers) <= set(study.pretraining)
 
 
 def runner(script, folder, minutes: float):
@@ -185,6 +186,22 @@ def test_a_comparison_in_words_is_over_common_seeds(script):
     assert comparison("scratch", ours, theirs, 50) == "scratch: +10.0 (p 0.0078), level after 150 steps of 150"
     assert comparison("scratch", theirs[:1], ours, 50) == "scratch: -10.0 (p 0.0078), level never in 150"
     assert comparison("scratch", ours, theirs[1:], 50) == ""
+
+
+def test_losses_are_read_from_the_logs_and_a_repeated_epoch_counts_once(script, tmp_path):
+    epochs = "2026-01-01 00:00:00.1: Epoch {} \n2026-01-01 00:00:00.1: train_loss 0.9 \n2026-01-01: val_loss {} \n"
+    (tmp_path / "training_log_1.txt").write_text(epochs.format(0, 0.75) + epochs.format(1, 0.5))
+    (tmp_path / "training_log_2.txt").write_text(epochs.format(1, 0.25))
+    assert script("scores").validation_losses(tmp_path) == [0.75, 0.25]
+
+
+def test_trainers_are_compared_by_their_losses(script):
+    compare = script("evidence").losses_of_trainers
+    study = {"pretraining": {"a": {}, "b": {}}, "pretraining_trainers": {"b": "Other"}}
+    finished = {"a": {"losses": [0.75, 0.5]}, "b": {"losses": [0.75, 0.625]}}
+    line = "Trained `b` by `Other`. Validation losses, epoch by epoch: `a` 0.7500, 0.5000; `b` 0.7500, 0.6250; at most "
+    assert compare(study, finished) == [line + "0.1250 apart.", ""]
+    assert compare(study, {"a": {}}) == compare({"pretraining": {"a": {}}}, finished) == []
 
 
 def test_pretrainings_are_compared_by_what_differs(script):

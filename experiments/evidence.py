@@ -130,15 +130,19 @@ def pretraining_table(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def losses_of_trainers(study: dict[str, Any], finished: dict[str, dict[str, Any]]) -> list[str]:
-    """Validation losses, epoch by epoch, of the pre-trainings of a study that compares trainers, and how far apart."""
+    """Validation losses, epoch by epoch, of the pre-trainings of a study that compares trainers, and how far each is
+    from the first."""
     trainers = study.get("pretraining_trainers", {})
     if not trainers or not set(study["pretraining"]) <= set(finished):
         return []
     curves = {name: finished[name]["losses"] for name in study["pretraining"]}
     shown = "; ".join(f"`{name}` {', '.join(f'{loss:.4f}' for loss in losses)}" for name, losses in curves.items())
-    apart = float(np.ptp(list(curves.values()), axis=0).max())
+    first, *others = curves
+    apart = ", ".join(
+        f"`{name}` at most {np.abs(np.subtract(curves[name], curves[first])).max():.4f}" for name in others
+    )
     trained = ", ".join(f"`{name}` by `{trainer}`" for name, trainer in trainers.items())
-    return [f"Trained {trained}. Validation losses, epoch by epoch: {shown}; at most {apart:.4f} apart.", ""]
+    return [f"Trained {trained}. Validation losses, epoch by epoch: {shown}. From `{first}`: {apart}.", ""]
 
 
 def with_its_study(results: dict[str, Any]) -> dict[str, Any]:

@@ -197,10 +197,13 @@ def test_losses_are_read_from_the_logs_and_a_repeated_epoch_counts_once(script, 
 
 def test_trainers_are_compared_by_their_losses(script):
     compare = script("evidence").losses_of_trainers
-    study = {"pretraining": {"a": {}, "b": {}}, "pretraining_trainers": {"b": "Other"}}
-    finished = {"a": {"losses": [0.75, 0.5]}, "b": {"losses": [0.75, 0.625]}}
-    line = "Trained `b` by `Other`. Validation losses, epoch by epoch: `a` 0.7500, 0.5000; `b` 0.7500, 0.6250; at most "
-    assert compare(study, finished) == [line + "0.1250 apart.", ""]
+    study = {"pretraining": {"a": {}, "b": {}, "c": {}}, "pretraining_trainers": {"b": "Other"}}
+    finished = {"a": {"losses": [0.75, 0.5]}, "b": {"losses": [0.75, 0.625]}, "c": {"losses": [0.5, 0.5]}}
+    line = (
+        "Trained `b` by `Other`. Validation losses, epoch by epoch: `a` 0.7500, 0.5000; `b` 0.7500, 0.6250; "
+        "`c` 0.5000, 0.5000. From `a`: `b` at most 0.1250, `c` at most 0.2500."
+    )
+    assert compare(study, finished) == [line, ""]
     assert compare(study, {"a": {}}) == compare({"pretraining": {"a": {}}}, finished) == []
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -89,21 +90,37 @@ def curve(pieces: Iterable[dict[str, Any]]) -> np.ndarray:
 
 
 def plot_curves(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[str, Any]]], counts: list[int]) -> str:
-    """Learning curves, a panel per number of labelled cases; returns the file's name."""
-    figure, axes = plt.subplots(1, len(counts), figsize=(4 * len(counts), 3.2), squeeze=False, sharey=True)
-    for axis, count in zip(axes[0], counts):
-        for number, arm in enumerate(study["arms"]):
+    """Learning curves, a panel per number of labelled cases; returns the file's name.
+
+    Arms that are in one panel alone are thin.
+    """
+    panels = {arm: sum((arm, count) in groups for count in counts) for arm in study["arms"]}
+    shown = [arm for arm in study["arms"] if panels[arm]]
+    most = max(panels.values())
+    columns = min(3, len(counts))
+    rows, legend_rows = math.ceil(len(counts) / columns), math.ceil(len(shown) / 2)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows + 0.2 * legend_rows), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )
+    colours = plt.get_cmap("tab20" if len(shown) > 10 else "tab10")
+    lines = {}
+    for axis, count in zip(axes.flat, counts):
+        for number, arm in enumerate(shown):
             if (arm, count) in groups:
                 values = curve(groups[arm, count])
                 steps = study["finetuning"]["iterations_per_epoch"] * np.arange(1, len(values) + 1)
-                axis.plot(steps, values, f"C{number}", label=arm)
+                width, order = (0.7, 2) if panels[arm] == 1 < most else (1.8, 3)
+                (lines[arm],) = axis.plot(steps, values, color=colours(number), linewidth=width, zorder=order)
         axis.set_title(f"{count} labelled cases")
         axis.set_xlabel("steps")
+        axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("pseudo-Dice, %")
-    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
-    axes[0][0].legend(lines.values(), lines.keys(), fontsize=7)
-    figure.tight_layout()
+    for axis in axes.flat[len(counts) :]:
+        axis.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("pseudo-Dice, %")
+    figure.legend([lines[arm] for arm in shown], shown, loc="outside lower center", ncols=2, fontsize=8)
     name = f"figures/evidence_{study['name']}.png"
     figure.savefig(DOCS / name, dpi=110)
     plt.close(figure)

@@ -28,37 +28,34 @@ def hausdorff95(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[fl
     return float(np.percentile(surface_distances(reference, prediction, spacing), 95))
 
 
-def learning_curve(folder: Path) -> list[float]:
-    """Mean pseudo-Dice of nnU-Net's validation patches after every epoch, from the training logs."""
-    curve: dict[int, float] = {}
+def by_epoch(folder: Path, pattern: str) -> list[str]:
+    """What a pattern's group finds in a training's logs, epoch by epoch; the last one where an epoch was repeated."""
+    found: dict[int, str] = {}
     epoch = 0
     for log in sorted(folder.glob("training_log_*.txt")):
         for line in log.read_text(encoding="utf-8").splitlines():
-            if found := re.search(r": Epoch (\d+) *$", line):
-                epoch = int(found.group(1))
-            elif found := re.search(r"Pseudo dice \[(.*)\]", line):
-                numbers = re.findall(r"-?\d+\.\d+|nan", found.group(1))
-                curve[epoch] = float(np.nanmean([float(number) for number in numbers] or [np.nan]))
-    return [curve[epoch] for epoch in sorted(curve)]
+            if beginning := re.search(r": Epoch (\d+) *$", line):
+                epoch = int(beginning.group(1))
+            elif match := re.search(pattern, line):
+                found[epoch] = match.group(1)
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def learning_curve(folder: Path) -> list[float]:
+    """Mean pseudo-Dice of nnU-Net's validation patches after every epoch, from the training logs."""
+    lists = (re.findall(r"-?\d+\.\d+|nan", dice) for dice in by_epoch(folder, r"Pseudo dice \[(.*)\]"))
+    return [float(np.nanmean([float(number) for number in numbers] or [np.nan])) for numbers in lists]
+
+
+def validation_losses(folder: Path) -> list[float]:
+    """Of every epoch of a pre-training, in order, from its logs."""
+    return [float(loss) for loss in by_epoch(folder, r": val_loss (\S+)")]
 
 
 def probe_dice(folder: Path) -> list[float]:
     """Dice of every linear probe of a pre-training that named a ``probe_dataset``, in order, from its logs."""
     logs = "".join(log.read_text(encoding="utf-8") for log in sorted(folder.glob("training_log_*.txt")))
     return [float(dice) for dice in re.findall(r"linear probe: Dice (\d+\.?\d*)", logs)]
-
-
-def validation_losses(folder: Path) -> list[float]:
-    """Of every epoch of a pre-training, in order, from its logs; the last one counts where an epoch was repeated."""
-    losses: dict[int, float] = {}
-    epoch = 0
-    for log in sorted(folder.glob("training_log_*.txt")):
-        for line in log.read_text(encoding="utf-8").splitlines():
-            if found := re.search(r": Epoch (\d+) *$", line):
-                epoch = int(found.group(1))
-            elif found := re.search(r": val_loss (\S+)", line):
-                losses[epoch] = float(found.group(1))
-    return [losses[epoch] for epoch in sorted(losses)]
 
 
 def training_seconds(folder: Path) -> float:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunetv2_hyspark.training.validation import evenly_spread
+from nnunetv2_hyspark.pretext.hyspark import TARGETS
+from nnunetv2_hyspark.training.validation import UNITS, evenly_spread
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
@@ -23,6 +24,10 @@ def test_cases_are_spread_evenly(count: int, limit: int) -> None:
         assert numbers[0] == 0 and numbers[-1] == count - 1
         distances = {b - a for a, b in zip(numbers, numbers[1:])}
         assert max(distances) - min(distances) <= 1
+
+
+def test_every_target_has_its_units() -> None:
+    assert set(UNITS) == set(TARGETS)
 
 
 @pytest.mark.parametrize("limit", [0, 1])

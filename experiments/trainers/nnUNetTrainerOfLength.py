@@ -7,6 +7,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_hyspark.training.parameters import decay_groups
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
+from nnunetv2_hyspark.training.threads import keep_to_allowed_threads
 
 
 class nnUNetTrainerOfLength(nnUNetTrainer):
@@ -26,6 +27,8 @@ class nnUNetTrainerOfLength(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.device.type == "cpu":
+            keep_to_allowed_threads()
         self.save_every = 5
         self.num_epochs = int(os.environ["EPOCHS"])
         self.num_iterations_per_epoch = int(os.environ["ITERATIONS"])

@@ -46,6 +46,7 @@ from .exclusive import claim
 from .random_state import capture_random_state, restore_random_state
 from .settings import Settings, Stage, resolve_settings
 from .signals import StopSignals
+from .threads import keep_to_allowed_threads
 
 LOAD_REPORT = "load_report.json"
 RESULTS = ("progress.png", "previews", "incidents", "validation", "debug.json", LOAD_REPORT, "tensorboard")
@@ -110,6 +111,8 @@ class HySparKTrainer(nnUNetTrainer):
                 self.grad_scaler = None
         if self.device.type == "cpu":
             keep_freed_memory()
+            threads = keep_to_allowed_threads()
+            self.print_to_log_file(f"Threads: {threads}", add_timestamp=False)
         options = getattr(self.settings, self.stage)
         self.initial_lr = options.learning_rate
         self.weight_decay = options.weight_decay

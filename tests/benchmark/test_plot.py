@@ -129,3 +129,17 @@ def test_the_page_is_what_the_script_writes(tmp_path, monkeypatch):
     runpy.run_path(str(SCRIPT), run_name="__main__")
     committed = SCRIPT.parents[1] / "docs" / "benchmarks.md"
     assert (tmp_path / "docs" / "benchmarks.md").read_text() == committed.read_text(), "run scripts/benchmark_tables.py"
+
+
+def test_figures_in_readme_are_those_that_were_measured():
+    repository = SCRIPT.parents[1]
+    figures = json.loads((repository / "docs" / "figures" / "benchmark_cpu_default.json").read_text())
+    encoder, step = (
+        {variant: f"{row['ratio_to_blocks']:.1f}" for variant, row in figures[what].items()}
+        for what in ("encoder_forward_backward", "step")
+    )
+    readme = " ".join((repository / "README.md").read_text().split())
+    assert f"the encoder is {encoder['dense']} times as fast as dense-then-mask" in readme
+    assert f"a whole step {step['dense']} times" in readme
+    assert f"({encoder['official-like']} and {step['official-like']} times as fast" in readme
+    assert f"; {step['official release']} times as fast as a step with that release's decoder" in readme

@@ -14,7 +14,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunetv2_hyspark.networks.topology import NETWORK_CLASS, derive_arch_kwargs
 from nnunetv2_hyspark.planning.fitting import Fit, fit
-from nnunetv2_hyspark.planning.memory import MemoryModel
+from nnunetv2_hyspark.planning.memory import MEMORY_SETTINGS, MemoryModel
 from nnunetv2_hyspark.planning.patch import initial_patch, patch_candidates
 from nnunetv2_hyspark.planning.sharing import shares_data
 from nnunetv2_hyspark.planning.topology import Topology, plan_topology
@@ -74,13 +74,14 @@ class HySparKPlanner(ExperimentPlanner):
         return fit(model, candidates, self.UNet_vram_target_GB, max_voxels)
 
     def hyspark_block(self, model: MemoryModel, fit: Fit) -> dict[str, Any]:
-        """The configuration's ``"hyspark"`` block: settings, and what the memory model says, in GB."""
+        """The configuration's ``"hyspark"`` block: settings, and what the memory model says: GB, and for which."""
         return {
             "pretraining": {"batch_size": fit.pretraining_batch},
             "memory": {
                 "target_gb": float(self.UNet_vram_target_GB),
                 "pretraining_gb": round(fit.pretraining_gb, 2),
                 "finetuning_gb": round(fit.finetuning_gb, 2),
+                "pretraining": {key: getattr(self.pretraining, key) for key in MEMORY_SETTINGS},
             },
         }
 

@@ -64,6 +64,15 @@ class HySparKPretrainTrainer(ResumableTrainer):
         self.inference_allowed_mirroring_axes = tuple(self.options.flip_axes)
         self.previews: Previews | None = None
         self.probe: LinearProbe | None = None
+        if self.settings.unplanned:
+            planned, now = (
+                ", ".join(f"{key}={values[i]}" for key, values in self.settings.unplanned.items()) for i in (0, 1)
+            )
+            self.print_to_log_file(
+                f"WARNING: the plan's batch of {self.options.batch_size} crops fits its memory target with {planned}; "
+                f"this run has {now} and may need more; plan again with nnUNet_hyspark={now.replace(', ', ',')}, or "
+                f"set a batch_size.", add_timestamp=False,
+            )
 
     @staticmethod
     def check_configuration(name: str, configuration: dict[str, Any]) -> None:

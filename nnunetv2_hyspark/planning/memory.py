@@ -17,6 +17,11 @@ GB = 1e9
 CONTEXT_BYTES = 0.5e9
 """CUDA context, kernels and handles, which PyTorch's allocator does not see. An assumption, not a measurement."""
 
+MEMORY_SETTINGS = (
+    "decoder", "decoder_width", "decoder_norm", "skips", "fuse_finest", "mask_ratio", "mask_ratio_low", "bottom_up",
+)
+"""Settings of pre-training, fields of :class:`HySparKConfig`, that change how much memory a crop takes."""
+
 _GRID = (4, 4, 4)
 _SMALL_VOXELS, _LARGE_VOXELS = 2**20, 2**23  # per batch, where activations outweigh weights
 

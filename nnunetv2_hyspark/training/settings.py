@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from ..configuration import ENVIRONMENT_VARIABLE, Source, parse_environment, resolve
 from ..networks.topology import NETWORK_CLASS, ArchitectureConfig, derive_arch_kwargs
+from ..planning.memory import MEMORY_SETTINGS
 from ..planning.remembered import RememberedCheckpoint, remembered_checkpoint
 from ..pretext.hyspark import HySparKConfig
 from .finetuning import FinetuningConfig
@@ -29,12 +30,15 @@ class Settings:
 
     Attributes:
         checkpoint: what the plan says fine-tuning starts from.
+        unplanned: settings of pre-training that change its memory and are not those for which the planner chose the
+            batch size that is used: name -> planned value, value of this run.
     """
 
     architecture: ArchitectureConfig
     pretraining: HySparKConfig
     finetuning: FinetuningConfig
     checkpoint: RememberedCheckpoint | None = None
+    unplanned: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def as_dict(self, stage: Stage) -> dict[str, dict[str, Any]]:
         """Plain values of the architecture and of one stage, for logs and checkpoints."""
@@ -77,6 +81,7 @@ def resolve_settings(
     settings = Settings(**sections, checkpoint=remembered_checkpoint(block, configuration_name))
     if stage == "pretraining":
         _check_decoder(settings.pretraining)
+        settings = replace(settings, unplanned=_unplanned(settings.pretraining, block))
     fixed = sorted(key for key in explicit if key.startswith("architecture."))
     architecture = configuration.get("architecture", {})
     if fixed and architecture.get("network_class_name") == NETWORK_CLASS:
@@ -103,3 +108,16 @@ def _check_decoder(options: HySparKConfig) -> None:
             f"{said} is set together with decoder=segmentation, the segmentation network's own decoder, which has no "
             f"such setting; leave {'it' if len(idle) == 1 else 'them'} out, or set decoder=reconstruction."
         )
+
+
+def _unplanned(options: HySparKConfig, block: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """See :attr:`Settings.unplanned`; plans of earlier versions tell nothing."""
+    memory = block.get("memory")
+    planned = memory.get("pretraining", {}) if isinstance(memory, Mapping) else {}
+    if options.batch_size != block.get("pretraining", {}).get("batch_size"):
+        return {}
+    return {
+        key: (planned[key], getattr(options, key))
+        for key in MEMORY_SETTINGS
+        if key in planned and planned[key] != getattr(options, key)
+    }

@@ -1,5 +1,6 @@
 """The planner classes in-process."""
 import json
+import os
 
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -30,6 +31,22 @@ def test_both_batch_sizes_stand_in_the_plan_and_reach_the_settings(small, folder
     assert configuration.batch_size >= 2 and settings.finetuning.batch_size == 0
     assert block["memory"]["target_gb"] == 8
     assert "hyspark" not in plans["configurations"]["2d"]
+
+
+def test_the_plan_tells_for_which_settings_its_batch_was_fitted(small, folders, monkeypatch):
+    network = os.environ["nnUNet_hyspark"]
+    needed = {}
+    for decoder in ("reconstruction", "segmentation"):
+        monkeypatch.setenv("nnUNet_hyspark", f"{network},decoder={decoder}")
+        HySparKPlanner(7).plan_experiment()
+        plans = folders.plans(small, "nnUNetHySparKPlans")
+        configuration = PlansManager(plans).get_configuration("3d_fullres").configuration
+        needed[decoder] = configuration["hyspark"]["memory"]["pretraining_gb"]
+        for trained in ("reconstruction", "segmentation"):
+            environment = {"nnUNet_hyspark": f"decoder={trained}"}
+            unplanned = resolve_settings(configuration, "3d_fullres", "pretraining", environment).unplanned
+            assert unplanned == ({} if trained == decoder else {"decoder": (decoder, trained)})
+    assert needed["segmentation"] > needed["reconstruction"]
 
 
 def test_data_are_shared_where_nobody_else_has_planned(small):

@@ -360,6 +360,23 @@ def test_weights_that_are_not_finite_overwrite_nothing(make_trainer):
     assert (trainer.folder / FINAL).read_bytes() == before
 
 
+def test_a_batch_that_was_fitted_for_other_settings_is_said(make_trainer, small_dataset, capsys):
+    path = small_dataset / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres"]["hyspark"] = {
+        "pretraining": {"batch_size": 2}, "memory": {"pretraining": {"decoder": "reconstruction", "mask_ratio": 0.75}}
+    }
+    path.write_text(json.dumps(plans))
+    said = (
+        "WARNING: the plan's batch of 2 crops fits its memory target with decoder=reconstruction; this run has "
+        "decoder=segmentation and may need more; plan again with nnUNet_hyspark=decoder=segmentation, or set a "
+        "batch_size."
+    )
+    for setting, expected in (("decoder=segmentation", 1), ("", 0), ("decoder=segmentation,batch_size=4", 0)):
+        make_trainer(setting)
+        assert capsys.readouterr().out.count(said) == expected, setting
+
+
 def test_a_broken_case_stops_by_default_and_is_named(make_trainer, small_dataset):
     folder = small_dataset / "nnUNetPlans_3d_fullres"
     trainer = make_trainer()

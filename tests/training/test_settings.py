@@ -40,3 +40,30 @@ def test_the_width_that_runs_store_is_taken() -> None:
     """A run's copy of the plans holds it as a number, whoever decodes; `hyspark benchmark` reads such plans."""
     block = {"hyspark": {"pretraining": {"decoder": "segmentation", "decoder_width": 48}}}
     assert resolve_settings(block, "3d_fullres", "pretraining", {}).pretraining.decoder_width == 48
+
+
+def _planned_with(**settings) -> dict:
+    return {"hyspark": {"pretraining": {"batch_size": 7}, "memory": {"target_gb": 8.0, "pretraining": settings}}}
+
+
+@pytest.mark.parametrize(
+    "variable, expected",
+    [
+        ("", {}),
+        ("epochs=5,mask_ratio=0.75", {}),
+        ("decoder=segmentation", {"decoder": ("reconstruction", "segmentation")}),
+        ("decoder=segmentation,batch_size=3", {}),
+        ("mask_ratio=0.5,bottom_up=false", {"mask_ratio": (0.75, 0.5), "bottom_up": (True, False)}),
+    ],
+)
+def test_settings_for_which_the_batch_was_not_fitted_are_found(variable, expected) -> None:
+    plan = _planned_with(decoder="reconstruction", mask_ratio=0.75, bottom_up=True)
+    assert resolve_settings(plan, "3d_fullres", "pretraining", {"nnUNet_hyspark": variable}).unplanned == expected
+    other_stage = {"nnUNet_hyspark": "pretraining.mask_ratio=0.5"}
+    assert not resolve_settings(plan, "3d_fullres", "finetuning", other_stage).unplanned
+
+
+@pytest.mark.parametrize("memory", [None, "8 GB", {}, {"target_gb": 8.0}])
+def test_plans_that_do_not_tell_are_taken_as_they_are(memory) -> None:
+    plan = {"hyspark": {"pretraining": {"batch_size": 7}, "memory": memory}}
+    assert not resolve_settings(plan, "3d_fullres", "pretraining", {"nnUNet_hyspark": "mask_ratio=0.5"}).unplanned

@@ -1,13 +1,14 @@
-"""Writes docs/evidence.md and its plots from the results of the studies.
+"""Writes evidence.md and its plots from the results of studies; the project's own into docs/.
 
     python experiments/evidence.py experiments/results/*.json
+    python experiments/evidence.py WORK/results/*.json --docs FOLDER
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,46 +28,88 @@ Tables and plots are written by `python experiments/evidence.py experiments/resu
 "How to read this" on, people write ([evidence_notes.md](evidence_notes.md)).
 
 Dice in percent, mean over the validation cases and structures, then over seeds (in brackets the standard deviation
-over seeds). HD95: 95th percentile of the surface distance, mm, over cases where both masks have voxels. p: two-sided
-Wilcoxon signed-rank test over validation cases, each case's Dice averaged over seeds. An arm is compared with
-`{baseline}`, or with what the study's file names as its `baselines`, over the seeds that both have; Dice is over all
-that an arm has. Level: the first epoch whose pseudo-Dice on validation patches, averaged over seeds, is at least the
-baseline's at its end. Linear probe: Dice of a linear classifier on the frozen encoder's features, all scales together,
-fitted on half of `2 * probe_cases` labelled crops of `probe_dataset` and tested on the other half, while pre-training
-goes on.
+over seeds). HD95: 95th percentile of the surface distance, mm, median over cases and seeds; a structure that was
+missed altogether counts as farther than any other, and "missed" says how many were. p: two-sided Wilcoxon signed-rank
+test over validation cases, each case's Dice averaged over seeds. An arm is compared with `{baseline}`, or with what the
+study's file names as its `baselines`, over the seeds that both have; where one has others too, the two means over the
+common seeds stand behind p, since the column of Dice is over all. Level: the first step at which the pseudo-Dice on
+validation patches, averaged over seeds and over the last {smoothing} epochs, is what the baseline's is at its end;
+"itself" is when the baseline gets there, since its last epochs are noisy too. Linear probe: Dice of a linear classifier
+on the frozen encoder's features, all scales together, fitted on half of `2 * probe_cases` labelled crops of
+`probe_dataset` and tested on the other half, while pre-training goes on; the first one is after one epoch. Minutes of
+pre-training: one value per pre-training that an arm's trainings started from.
 """
 BASELINE = "scratch"
+SMOOTHING = 5
+"""Epochs that learning curves are averaged over before they are compared."""
 
 
 def mean_dice(piece: dict[str, Any]) -> dict[str, float]:
-    """Per case, the mean over structures that are there, percent."""
-    return {
-        name: 100 * float(np.nanmean([np.nan if d is None else d for d in case["dice"].values()]))
-        for name, case in piece["cases"].items()
-    }
+    """Per case, the mean over structures that the reference has, percent; cases without any are left out.
+
+    A structure that neither the reference nor the prediction has is NaN or None. One that the prediction alone has
+    would count 0 for one arm and not at all for another, so it is left out where the number of ``voxels`` is known.
+    """
+    means = {}
+    for name, case in piece["cases"].items():
+        voxels = case.get("voxels", {})
+        dice = [d for label, d in case["dice"].items() if d is not None and np.isfinite(d) and voxels.get(label) != 0]
+        if dice:
+            means[name] = 100 * float(np.mean(dice))
+    return means
 
 
-def per_structure(pieces: list[dict[str, Any]], metric: str, factor: float = 1.0) -> dict[str, float]:
-    """Mean over cases and seeds by label."""
-    values: dict[str, list[float]] = {}
-    for piece in pieces:
-        for case in piece["cases"].values():
-            for label, value in case[metric].items():
-                if value is not None and np.isfinite(value):
-                    values.setdefault(label, []).append(factor * value)
-    return {label: float(np.mean(numbers)) for label, numbers in sorted(values.items())}
+def labels_of(pieces: list[dict[str, Any]]) -> list[str]:
+    """Of the structures, in the order of their numbers."""
+    return sorted({label for piece in pieces for case in piece["cases"].values() for label in case["dice"]}, key=int)
 
 
-def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[float, float]:
-    """Difference in points, and its p value over the cases that both have, over the seeds that both have."""
+def by_structure(pieces: list[dict[str, Any]]) -> str:
+    """Mean Dice over cases and seeds, percent; "-" where no case has a structure."""
+    shown = []
+    for label in labels_of(pieces):
+        dice = [
+            case["dice"][label] for piece in pieces for case in piece["cases"].values()
+            if case["dice"].get(label) is not None and np.isfinite(case["dice"][label])
+            and case.get("voxels", {}).get(label) != 0
+        ]
+        shown.append(f"{100 * np.mean(dice):.1f}" if dice else "-")
+    return ", ".join(shown)
+
+
+def distances(pieces: list[dict[str, Any]]) -> str:
+    """Median HD95, mm, by structure, and how many structures were missed."""
+    shown, missed = [], 0
+    for label in labels_of(pieces):
+        values = []
+        for piece in pieces:
+            for case in piece["cases"].values():
+                value, dice = case["hd95"].get(label), case["dice"].get(label)
+                if value is not None:
+                    values.append(value)
+                elif dice is not None and np.isfinite(dice) and case.get("voxels", {}).get(label) != 0:
+                    values.append(math.inf)
+        missed += sum(map(math.isinf, values))
+        median = float(np.median(values)) if values else math.nan
+        shown.append(f"{median:.1f}" if math.isfinite(median) else "-")
+    return ", ".join(shown) + (f"; {missed} missed" if missed else "")
+
+
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Means of both, percent, over the cases and the seeds that both have, and the p value of their paired
+    differences."""
     seeds = {p["seed"] for p in ours} & {p["seed"] for p in theirs}
-    sides = []
-    for pieces in (ours, theirs):
-        dice = [mean_dice(p) for p in pieces if p["seed"] in seeds]
-        sides.append({case: float(np.mean([d[case] for d in dice])) for case in dice[0]})
-    difference = np.array([sides[0][case] - sides[1][case] for case in sides[0]])
-    p = wilcoxon(difference).pvalue if np.any(difference) else 1.0
-    return float(difference.mean()), float(p)
+    sides = [case_means([p for p in pieces if p["seed"] in seeds]) for pieces in (ours, theirs)]
+    common = sorted(sides[0].keys() & sides[1].keys())
+    first, second = (np.array([side[case] for case in common]) for side in sides)
+    p = float(wilcoxon(first - second).pvalue) if np.any(first != second) else 1.0
+    return float(first.mean()), float(second.mean()), p
+
+
+def case_means(pieces: list[dict[str, Any]]) -> dict[str, float]:
+    """Per case, the mean over seeds."""
+    dice = [mean_dice(piece) for piece in pieces]
+    return {case: float(np.mean([d[case] for d in dice if case in d])) for case in {c for d in dice for c in d}}
 
 
 def comparison(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], steps_per_epoch: int) -> str:
@@ -74,12 +117,21 @@ def comparison(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any
     seeds = {piece["seed"] for piece in ours} & {piece["seed"] for piece in theirs}
     if not seeds:
         return ""
-    points, p = compare(ours, theirs)
+    first, second, p = compare(ours, theirs)
     common = [[piece for piece in pieces if piece["seed"] in seeds] for pieces in (ours, theirs)]
-    ends = curve(common[1])
-    above = np.nonzero(curve(common[0]) >= ends[-1])[0]
-    when = f"after {(above[0] + 1) * steps_per_epoch} steps of" if len(above) else "never in"
-    return f"{name}: {points:+.1f} (p {p:.2g}), level {when} {len(ends) * steps_per_epoch}"
+    means = f": {first:.1f}, {second:.1f}" if len(seeds) < max(len(ours), len(theirs)) else ""
+    ends = smoothed(curve(common[1]))
+    above, itself = (np.nonzero(smoothed(curve(pieces)) >= ends[-1])[0] for pieces in common)
+    when = f"after {(above[0] + 1) * steps_per_epoch}" if len(above) else "never"
+    return (
+        f"{name}: {first - second:+.1f} (p {p:.2g}{means}), level {when}, itself after "
+        f"{(itself[0] + 1) * steps_per_epoch} of {len(ends) * steps_per_epoch}"
+    )
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Every value's mean with those before it, over ``SMOOTHING`` epochs, over fewer at the beginning."""
+    return np.array([values[max(0, end - SMOOTHING):end].mean() for end in range(1, len(values) + 1)])
 
 
 def curve(pieces: Iterable[dict[str, Any]]) -> np.ndarray:
@@ -89,8 +141,10 @@ def curve(pieces: Iterable[dict[str, Any]]) -> np.ndarray:
     return 100 * np.nanmean([c[:length] for c in curves], axis=0)
 
 
-def plot_curves(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[str, Any]]], counts: list[int]) -> str:
-    """Learning curves, a panel per number of labelled cases; returns the file's name.
+def plot_curves(
+    study: dict[str, Any], groups: dict[tuple[str, int], list[dict[str, Any]]], counts: list[int], docs: Path
+) -> str:
+    """Learning curves, smoothed, a panel per number of labelled cases; returns the file's name.
 
     Arms that are in one panel alone are thin.
     """
@@ -108,7 +162,7 @@ def plot_curves(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[s
     for axis, count in zip(axes.flat, counts):
         for number, arm in enumerate(shown):
             if (arm, count) in groups:
-                values = curve(groups[arm, count])
+                values = smoothed(curve(groups[arm, count]))
                 steps = study["finetuning"]["iterations_per_epoch"] * np.arange(1, len(values) + 1)
                 width, order = (0.7, 2) if panels[arm] == 1 < most else (1.8, 3)
                 (lines[arm],) = axis.plot(steps, values, color=colours(number), linewidth=width, zorder=order)
@@ -119,10 +173,10 @@ def plot_curves(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[s
     for axis in axes.flat[len(counts) :]:
         axis.set_axis_off()
     for row in axes:
-        row[0].set_ylabel("pseudo-Dice, %")
+        row[0].set_ylabel(f"pseudo-Dice, %, {SMOOTHING} epochs")
     figure.legend([lines[arm] for arm in shown], shown, loc="outside lower center", ncols=2, fontsize=8)
     name = f"figures/evidence_{study['name']}.png"
-    figure.savefig(DOCS / name, dpi=110)
+    figure.savefig(docs / name, dpi=110)
     plt.close(figure)
     return name
 
@@ -177,7 +231,7 @@ def with_its_study(results: dict[str, Any]) -> dict[str, Any]:
     return {**results, "study": {**stored, **texts, "arms": arms}}
 
 
-def section(results: dict[str, Any]) -> list[str]:
+def section(results: dict[str, Any], docs: Path) -> list[str]:
     """A study's table, costs and plot."""
     study, machine = results["study"], results["machine"]
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -196,7 +250,10 @@ def section(results: dict[str, Any]) -> list[str]:
     if study.get("structures"):
         lines += [f"Structures, in this order: {', '.join(study['structures'])}.", ""]
     finished = results["pretraining"]
-    lines += pretraining_table({name: finished[name] for name in study["pretraining"] if name in finished})
+    order = list(study["pretraining"])
+    shown_runs = [key for key in finished if finished[key].get("name", key) in order]
+    shown_runs.sort(key=lambda key: order.index(finished[key].get("name", key)))
+    lines += pretraining_table({key: finished[key] for key in shown_runs})
     lines += losses_of_trainers(study, finished)
     if not study["arms"]:
         return lines
@@ -216,23 +273,21 @@ def section(results: dict[str, Any]) -> list[str]:
                 for name in options.get("baselines", [BASELINE])
                 if name != arm
             ]
-            structures = ", ".join(f"{v:.1f}" for v in per_structure(pieces, "dice", 100).values())
-            hd95 = ", ".join(f"{v:.1f}" for v in per_structure(pieces, "hd95").values())
             minutes = float(np.mean([p["seconds"] for p in pieces])) / 60
             differences = "<br>".join(filter(None, against))
-            before = finished.get(options.get("weights"))
+            used = sorted({piece.get("pretraining", options.get("weights")) for piece in pieces} - {None})
             seeds = ", ".join(str(seed) for seed in sorted(p["seed"] for p in pieces))
-            pretraining = f"{before['seconds'] / 60:.0f}" if before else ""
+            pretraining = ", ".join(f"{finished[key]['seconds'] / 60:.0f}" for key in used if key in finished)
             lines.append(
-                f"| {count} | {arm} | {np.mean(dice):.1f}{spread} | {differences} | {structures} | {hd95} | "
-                f"{seeds} | {minutes:.1f} | {pretraining} |"
+                f"| {count} | {arm} | {np.mean(dice):.1f}{spread} | {differences} | {by_structure(pieces)} | "
+                f"{distances(pieces)} | {seeds} | {minutes:.1f} | {pretraining} |"
             )
     settings = ", ".join(f"{key}={value}" for key, value in study["finetuning"].items())
     lines += ["", f"All arms: {settings}. Network: {json.dumps(study['architecture'])}.", "", "Per arm:", ""]
     shown = {arm for arm, _ in groups}
     lines += [f"- `{arm}`: {json.dumps(options)}" for arm, options in study["arms"].items() if arm in shown]
     if groups:
-        lines += ["", f"![Learning curves]({plot_curves(study, groups, counts)})", ""]
+        lines += ["", f"![Learning curves]({plot_curves(study, groups, counts, docs)})", ""]
     return lines
 
 
@@ -288,18 +343,24 @@ def cost_section(benchmarks: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Reads the files named on the command line."""
-    if len(sys.argv) < 2:
-        raise SystemExit("give the JSON files of experiments/results")
-    lines = [HEADER.format(baseline=BASELINE)]
-    for name in sys.argv[1:]:
-        results = with_its_study(json.loads(Path(name).read_text(encoding="utf-8")))
-        lines += section(results) if "study" in results else shift_section(results)
-    benchmarks = sorted((DOCS / "figures").glob("benchmark_*.json"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that studies have written")
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="folder for evidence.md and figures/; default: %(default)s"
+    )
+    arguments = parser.parse_args()
+    docs = arguments.docs
+    (docs / "figures").mkdir(parents=True, exist_ok=True)
+    lines = [HEADER.format(baseline=BASELINE, smoothing=SMOOTHING)]
+    for file in arguments.results:
+        results = with_its_study(json.loads(file.read_text(encoding="utf-8")))
+        lines += section(results, docs) if "study" in results else shift_section(results)
+    benchmarks = sorted((docs / "figures").glob("benchmark_*.json"))
     lines += cost_section([json.loads(file.read_text(encoding="utf-8")) for file in benchmarks])
-    notes = DOCS / "evidence_notes.md"
+    notes = docs / "evidence_notes.md"
     if notes.exists():
         lines += ["", notes.read_text(encoding="utf-8")]
-    (DOCS / "evidence.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    (docs / "evidence.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

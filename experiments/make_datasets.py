@@ -52,9 +52,28 @@ class Source:
     splits: dict[str, Any]
 
 
+def check_splits(splits: dict[str, Any], file: Path | None) -> None:
+    """Raises ValueError if a case to be validated on is trained or pre-trained on, or a subset has other cases than
+    ``train_labelled``."""
+    subsets = {case for ids in splits.get("few_label_subsets", {}).values() for case in ids}
+    held_out = set(splits["val"])
+    wrong = {
+        "has subsets that are not part of train_labelled": subsets - set(splits["train_labelled"]),
+        "names cases in val and in train_labelled": held_out & set(splits["train_labelled"]),
+        "names cases in val and in pretrain": held_out & set(splits["pretrain"]),
+    }
+    for what, cases in wrong.items():
+        if cases:
+            raise ValueError(
+                f"{file} {what}, {min(cases)} among them; expected subsets of train_labelled, and in val other cases "
+                f"than in train_labelled and pretrain."
+            )
+
+
 def read_folder(folder: Path, name: str, modality: str, labels: list[str]) -> Source:
-    """A folder as described above."""
+    """A folder as described above; raises ValueError for splits that share cases."""
     splits = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+    check_splits(splits, folder / "splits.json")
     cases = {*splits["pretrain"], *splits["train_labelled"], *splits["val"]}
     description = {
         "channel_names": {"0": modality},
@@ -72,19 +91,14 @@ def read_nnunet(number: int, splits: Path | None, modality: str) -> Source:
     """A labelled data set of nnU-Net.
 
     Raises:
-        ValueError: if the splits name cases that it does not have.
+        ValueError: if the splits name cases that it does not have, or share cases.
     """
     name = maybe_convert_to_dataset_name(number)
     folder = Path(os.environ["nnUNet_raw"]) / name
     description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     table = get_filenames_of_train_images_and_targets(str(folder), description)
     chosen = json.loads(splits.read_text(encoding="utf-8")) if splits else draw_splits(sorted(table))
-    subsets = [case for ids in chosen.get("few_label_subsets", {}).values() for case in ids]
-    if not set(subsets) <= set(chosen["train_labelled"]) or set(chosen["val"]) & set(chosen["train_labelled"]):
-        raise ValueError(
-            f"{splits} has subsets that are not part of train_labelled, or val and train_labelled share cases; "
-            f"expected subsets of train_labelled, and others for validation."
-        )
+    check_splits(chosen, splits)
     unknown = sorted({*chosen["pretrain"], *chosen["train_labelled"], *chosen["val"]} - set(table))
     if unknown:
         raise ValueError(
@@ -113,11 +127,11 @@ def draw_splits(cases: list[str], seed: int = 0) -> dict[str, Any]:
     }
 
 
-def subsets_of(splits: dict[str, Any]) -> dict[str, list[str]]:
-    """Labelled training cases per number of them, smallest subset first, all of them last."""
-    subsets = {len(ids): list(ids) for ids in splits.get("few_label_subsets", {}).values()}
-    subsets[len(splits["train_labelled"])] = list(splits["train_labelled"])
-    return {str(count): subsets[count] for count in sorted(subsets)}
+def subsets_of(splits: dict[str, Any]) -> list[list[str]]:
+    """Labelled training cases of every subset, smallest first, all of them last."""
+    every = list(splits["train_labelled"])
+    subsets = [list(ids) for ids in splits.get("few_label_subsets", {}).values() if set(ids) != set(every)]
+    return [*sorted(subsets, key=len), every]
 
 
 def write_labelled(folder: Path, source: Source) -> None:
@@ -152,7 +166,7 @@ def main() -> None:
     labelled = f"Dataset{arguments.labelled:03d}_{source.name}"
 
     raw.mkdir(parents=True, exist_ok=True)
-    listing = raw / f"{source.name}_pretrain.json"
+    listing = raw / f"Dataset{arguments.pile:03d}_{source.name}Pile_pretrain.json"
     images = [{"id": case, "images": source.images[case]} for case in source.splits["pretrain"]]
     listing.write_text(json.dumps(images), encoding="utf-8")
     subprocess.run(
@@ -164,11 +178,11 @@ def main() -> None:
     )
     write_labelled(raw / labelled, source)
     subsets = subsets_of(source.splits)
-    folds = [{"train": ids, "val": list(source.splits["val"])} for ids in subsets.values()]
+    folds = [{"train": ids, "val": list(source.splits["val"])} for ids in subsets]
     (preprocessed / labelled).mkdir(parents=True, exist_ok=True)
     (preprocessed / labelled / "splits_final.json").write_text(json.dumps(folds, indent=2), encoding="utf-8")
-    for fold, count in enumerate(subsets):
-        print(f"fold {fold}: {count} labelled cases, validated on {len(source.splits['val'])}")
+    for fold, ids in enumerate(subsets):
+        print(f"fold {fold}: {len(ids)} labelled cases, validated on {len(source.splits['val'])}")
 
 
 if __name__ == "__main__":

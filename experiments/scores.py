@@ -28,11 +28,16 @@ def hausdorff95(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[fl
     return float(np.percentile(surface_distances(reference, prediction, spacing), 95))
 
 
+def logs_of(folder: Path) -> list[Path]:
+    """A training's logs, oldest first: nnU-Net names them by their date, without leading zeros."""
+    return sorted(folder.glob("training_log_*.txt"), key=lambda log: [int(n) for n in re.findall(r"\d+", log.name)])
+
+
 def by_epoch(folder: Path, pattern: str) -> list[str]:
     """What a pattern's group finds in a training's logs, epoch by epoch; the last one where an epoch was repeated."""
     found: dict[int, str] = {}
     epoch = 0
-    for log in sorted(folder.glob("training_log_*.txt")):
+    for log in logs_of(folder):
         for line in log.read_text(encoding="utf-8").splitlines():
             if beginning := re.search(r": Epoch (\d+) *$", line):
                 epoch = int(beginning.group(1))
@@ -54,18 +59,17 @@ def validation_losses(folder: Path) -> list[float]:
 
 def probe_dice(folder: Path) -> list[float]:
     """Dice of every linear probe of a pre-training that named a ``probe_dataset``, in order, from its logs."""
-    logs = "".join(log.read_text(encoding="utf-8") for log in sorted(folder.glob("training_log_*.txt")))
-    return [float(dice) for dice in re.findall(r"linear probe: Dice (\d+\.?\d*)", logs)]
+    return [float(dice) for dice in by_epoch(folder, r"linear probe: Dice (\d+\.?\d*)")]
 
 
 def training_seconds(folder: Path) -> float:
-    """Time of all epochs, from the training logs: without start-up, and whether or not the run was interrupted."""
-    logs = "".join(log.read_text(encoding="utf-8") for log in sorted(folder.glob("training_log_*.txt")))
-    return sum(float(seconds) for seconds in re.findall(r"Epoch time: (\d+\.?\d*) s", logs))
+    """Time of all epochs, from the training logs: without start-up, and of a repeated epoch the last go."""
+    return sum(float(seconds) for seconds in by_epoch(folder, r"Epoch time: (\d+\.?\d*) s"))
 
 
 def score_validation(folder: Path) -> dict[str, Any]:
-    """Per case ``dice`` and ``hd95`` by label, the learning curve, and the seconds of training.
+    """Per case ``dice``, ``hd95`` and ``voxels`` of the reference by label, the learning curve, and the seconds of
+    training.
 
     Args:
         folder: a training's ``fold_K``, with nnU-Net's ``validation/summary.json`` and predictions.
@@ -83,5 +87,6 @@ def score_validation(folder: Path) -> dict[str, Any]:
                 label: hausdorff95(reference == int(label), prediction == int(label), spacing)
                 for label in case["metrics"]
             },
+            "voxels": {label: int(np.count_nonzero(reference == int(label))) for label in case["metrics"]},
         }
     return {"cases": cases, "curve": learning_curve(folder), "seconds": training_seconds(folder)}

@@ -12,7 +12,8 @@ example:
   hyspark info official.pth
   nnUNetv2_train 10 3d_fullres 0 -tr HySparKFinetuneTrainer -pretrained_weights official.pth
 
-The plan must have the file's strides and kernel sizes; the settings that give the same network are printed.
+The plan must have the file's strides; other kernel sizes are adapted. The settings that give the same network are
+printed.
 """
 
 
@@ -64,7 +65,10 @@ def run(options: argparse.Namespace) -> None:
     kwargs = imported.architecture.arch_kwargs
     values = ",".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in imported.settings.items())
     print(f"\nwrote {options.output}")
-    print(f"the plan needs strides {kwargs['strides']} and kernel sizes {kwargs['kernel_sizes']} in its first stages;")
+    print(
+        f"the plan needs strides {kwargs['strides']} in its first stages; kernel sizes other than "
+        f"{kwargs['kernel_sizes']} are adapted;"
+    )
     print(f"with a plain nnU-Net plan, set: export nnUNet_hyspark='{values}'")
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     yield importlib.import_module
-    for name in ("scores", "study", "evidence", "make_datasets"):
+    for name in ("scores", "study", "evidence", "make_datasets", "study_file", "records", "commands", "preparation"):
         sys.modules.pop(name, None)
 
 
@@ -52,12 +52,17 @@ def test_learning_curve_is_read_from_the_log_and_a_repeated_epoch_counts_once(sc
         "2026-01-01 00:01:00.3: Epoch 1 \n2026-01-01 00:01:00.4: Pseudo dice [np.float64(0.6), np.float64(0.8)] \n"
     )
     assert script("scores").learning_curve(tmp_path) == pytest.approx([0.2, 0.7])
-    (tmp_path / "training_log_3.txt").write_text("x: Epoch time: 2.5 s \nx: Epoch time: 3 s, about 00:00 h to go\n")
-    assert script("scores").training_seconds(tmp_path) == 5.5
+    (tmp_path / "training_log_10.txt").write_text(
+        "x: Epoch 2 \nx: Epoch time: 9 s\nx: Epoch 3 \nx: Epoch time: 2.5 s \n"
+    )
+    (tmp_path / "training_log_9.txt").write_text("x: Epoch 2 \nx: Epoch time: 4 s, about 00:00 h to go\n")
+    assert script("scores").training_seconds(tmp_path) == 11.5, "log 10 is later than log 9"
 
 
 def test_probes_are_read_from_the_log(script, tmp_path):
-    (tmp_path / "training_log_1.txt").write_text("x: linear probe: Dice 0.1250\nx: other\nx: linear probe: Dice 0.5\n")
+    (tmp_path / "training_log_1.txt").write_text(
+        "x: Epoch 0 \nx: linear probe: Dice 0.1250\nx: other\nx: Epoch 1 \nx: linear probe: Dice 0.5\n"
+    )
     assert script("scores").probe_dice(tmp_path) == [0.125, 0.5]
     assert script("scores").probe_dice(tmp_path / "nothing") == []
 
@@ -98,27 +103,24 @@ def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, f
     assert {arm["weights"] for arm in study.arms.values() if "weights" in arm} <= set(study.pretraining)
     assert {name for arm in study.arms.values() for name in arm.get("baselines", [])} <= set(study.arms)
     assert {arm["plans"] for arm in study.arms.values() if "plans" in arm} <= set(study.other_plans)
-    assert set(study.pretraining_trainers) <= set(study.pretraining)
-
-
-def runner(script, folder, minutes: float):
-    study = script("study")
-    description = json.loads((ROOT / "experiments" / "studies" / "openkbp_cpu.json").read_text())
-    return study.Runner(study.Study(**description), folder, minutes, [], [], [])
+    assert set(study.pretraining_trainers) | set(study.pretraining_plans) <= set(study.pretraining)
+    of_the_pile = {name for name, plan in study.other_plans.items() if plan.get("of") == "pile"}
+    assert set(study.pretraining_plans.values()) <= of_the_pile
+    assert not of_the_pile & {arm.get("plans") for arm in study.arms.values()}
 
 
 def test_a_training_is_told_to_stop_when_the_time_is_up(script, tmp_path):
     """It may save first; nothing else is interrupted, and failures are told from it."""
     waiting = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(print('saved') or 143)); time.sleep(60)"
-    soon = runner(script, tmp_path, minutes=10 / 60)
+    run = script("commands").run
     log = tmp_path / "logs" / "log.txt"
     begin = time.monotonic()
-    assert not soon.command(log, "python", "-u", "-c", waiting, can_stop=True)
+    assert not run(log, "python", "-u", "-c", waiting, until=begin + 10)
     assert time.monotonic() - begin < 30 and "saved" in log.read_text()
-    assert soon.command(log, "python", "-c", "import time; time.sleep(0.1)"), "planning is never interrupted"
+    assert run(log, "python", "-c", "import time; time.sleep(0.1)"), "planning is never interrupted"
     failing = "raise SystemExit('no such case')"
     with pytest.raises(RuntimeError, match="no such case"):
-        runner(script, tmp_path, minutes=5).command(log, "python", "-c", failing, can_stop=True)
+        run(log, "python", "-c", failing, until=begin + 300)
 
 
 def test_ending_a_study_ends_its_training(tmp_path):
@@ -132,6 +134,10 @@ def test_ending_a_study_ends_its_training(tmp_path):
         folder.mkdir(parents=True)
         for name in ("nnUNetHySparKPlans", *study["other_plans"]):
             (folder / f"{name}.json").write_text("{}")
+            plan = study["other_plans"].get(name) or {key: study.get(key, {}) for key in ("plan", "plan_edit")}
+            request = {**plan, "architecture": study["architecture"]}
+            (folder / f"{name}.study").write_text(json.dumps({"request": request, "is_complete": True}))
+        (folder / "splits_final.json").write_text(json.dumps([{"train": [], "val": []}] * 5))
     fake = tmp_path / "bin" / "nnUNetv2_train"
     fake.parent.mkdir()
     fake.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 300\n")
@@ -160,9 +166,8 @@ def test_the_page_is_what_the_script_writes(script, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     page = tmp_path / "docs" / "evidence.md"
     page.unlink()
-    monkeypatch.setattr(evidence, "DOCS", tmp_path / "docs")
     results = sorted(map(str, (ROOT / "experiments" / "results").glob("*.json")))
-    monkeypatch.setattr(sys, "argv", ["evidence.py", *results])
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *results, "--docs", str(tmp_path / "docs")])
     evidence.main()
     written, committed = (
         re.sub(r"\(p [-+.e0-9]+\)", "(p)", text) for text in (page.read_text(), (ROOT / "docs/evidence.md").read_text())
@@ -174,18 +179,58 @@ def test_comparison_pairs_cases_and_common_seeds(script):
     compare = script("evidence").compare
     theirs = [piece(0, [0.5] * 8), piece(1, [0.7] * 8), piece(2, [0.1] * 8)]
     ours = [piece(0, [0.6] * 8), piece(1, [0.8] * 8)]
-    points, p = compare(ours, theirs)
-    assert points == pytest.approx(10) and p < 0.01
-    assert compare(theirs, theirs) == (0.0, 1.0)
+    first, second, p = compare(ours, theirs)
+    assert (first, second) == pytest.approx((70, 60)) and p < 0.01
+    assert compare(theirs, theirs)[2] == 1.0
 
 
 def test_a_comparison_in_words_is_over_common_seeds(script):
     comparison = script("evidence").comparison
     theirs = [{**piece(0, [0.5] * 8), "curve": [0.1, 0.2, 0.4]}, {**piece(9, [0.1] * 8), "curve": [0.9, 0.9, 0.9]}]
-    ours = [{**piece(0, [0.6] * 8), "curve": [0.2, 0.3, 0.5]}]
-    assert comparison("scratch", ours, theirs, 50) == "scratch: +10.0 (p 0.0078), level after 150 steps of 150"
-    assert comparison("scratch", theirs[:1], ours, 50) == "scratch: -10.0 (p 0.0078), level never in 150"
+    ours = [{**piece(0, [0.6] * 8), "curve": [0.2, 0.4, 0.6]}]
+    end = "itself after 150 of 150"
+    means = ": 60.0, 50.0"
+    assert comparison("scratch", ours, theirs, 50) == f"scratch: +10.0 (p 0.0078{means}), level after 100, {end}"
+    assert comparison("scratch", ours, theirs[:1], 50) == f"scratch: +10.0 (p 0.0078), level after 100, {end}"
+    assert comparison("scratch", theirs[:1], ours, 50) == f"scratch: -10.0 (p 0.0078), level never, {end}"
     assert comparison("scratch", ours, theirs[1:], 50) == ""
+
+
+def test_level_is_told_over_several_epochs(script):
+    """A last epoch that happens to be low, or a single high one, does not decide."""
+    comparison = script("evidence").comparison
+    theirs = [{**piece(0, [0.5] * 8), "curve": [0.1] * 10 + [0.5] * 9 + [0.1]}]
+    ours = [{**piece(0, [0.5] * 8), "curve": [0.1] * 6 + [0.9] + [0.1] * 5 + [0.6] * 8}]
+    assert comparison("scratch", ours, theirs, 1).endswith("level after 16, itself after 14 of 20")
+
+
+def test_structures_are_in_the_order_of_their_numbers_and_none_moves_up(script):
+    evidence = script("evidence")
+    dice = {"10": 0.1, "2": None, "1": 0.5}
+    case = {"dice": dice, "hd95": {"10": 4.0, "2": None, "1": 2.0}}
+    assert evidence.by_structure([{"cases": {"a": case}}]) == "50.0, -, 10.0"
+    assert evidence.distances([{"cases": {"a": case}}]) == "2.0, -, 4.0"
+
+
+def test_a_structure_that_only_the_prediction_has_is_left_out_for_every_arm(script):
+    mean_dice = script("evidence").mean_dice
+    found = {"dice": {"1": 0.5, "2": 0.0}, "voxels": {"1": 9, "2": 0}}
+    assert mean_dice({"cases": {"a": found}}) == {"a": 50.0}
+    absent = {"dice": {"1": 0.5, "2": float("nan")}, "voxels": {"1": 9, "2": 0}}
+    assert mean_dice({"cases": {"a": absent}}) == {"a": 50.0}
+    assert mean_dice({"cases": {"a": {"dice": {"1": float("nan")}, "voxels": {"1": 0}}}}) == {}
+    assert mean_dice({"cases": {"a": {"dice": {"1": 0.5, "2": 0.0}, "voxels": {"1": 9, "2": 4}}}}) == {"a": 25.0}
+
+
+def test_a_missed_structure_is_farther_than_any_other(script):
+    distances = script("evidence").distances
+    cases = {
+        name: {"dice": {"1": 0.0 if value is None else 0.5}, "hd95": {"1": value}, "voxels": {"1": 5}}
+        for name, value in (("a", 1.0), ("b", None), ("c", 3.0))
+    }
+    assert distances([{"cases": cases}]) == "3.0; 1 missed"
+    absent = {"dice": {"1": float("nan")}, "hd95": {"1": None}, "voxels": {"1": 0}}
+    assert distances([{"cases": {"a": cases["a"], "b": absent}}]) == "1.0"
 
 
 def test_losses_are_read_from_the_logs_and_a_repeated_epoch_counts_once(script, tmp_path):
@@ -225,7 +270,27 @@ def test_folds_are_the_subsets_smallest_first(script):
         "few_label_subsets": {"four": ["a0", "a1", "a2", "a3"], "2": ["a0", "a1"]},
     }
     subsets = script("make_datasets").subsets_of(splits)
-    assert [(name, len(ids)) for name, ids in subsets.items()] == [("2", 2), ("4", 4), ("9", 9)]
+    assert [len(ids) for ids in subsets] == [2, 4, 9]
+    splits["few_label_subsets"] |= {"two others": ["a7", "a8"], "all": splits["train_labelled"][::-1]}
+    assert script("make_datasets").subsets_of(splits) == [["a0", "a1"], ["a7", "a8"], *subsets[1:]]
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"val": ["a"]}, "names cases in val and in train_labelled, a among"),
+        ({"val": ["p"]}, "names cases in val and in pretrain, p among"),
+        ({"few_label_subsets": {"1": ["b"]}}, "has subsets that are not part of train_labelled, b among"),
+    ],
+)
+def test_splits_that_leak_are_refused(script, tmp_path, changed, message):
+    splits = {"pretrain": ["a", "p"], "train_labelled": ["a"], "val": ["v"], "few_label_subsets": {"1": ["a"]}}
+    read_folder = script("make_datasets").read_folder
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    assert read_folder(tmp_path, "Name", "CT", ["organ"]).splits == splits
+    (tmp_path / "splits.json").write_text(json.dumps({**splits, **changed}))
+    with pytest.raises(ValueError, match=message):
+        read_folder(tmp_path, "Name", "CT", ["organ"])
 
 
 def test_splits_are_drawn_where_none_are_given(script):
@@ -263,7 +328,7 @@ def test_any_data_set_of_nnunet_is_a_source(script, tmp_path, monkeypatch, point
     splits.write_text(json.dumps({"pretrain": ["spleen_1"], "train_labelled": ["spleen_9"], "val": []}))
     overlapping = {"pretrain": [], "train_labelled": ["spleen_1"], "val": ["spleen_1"]}
     (tmp_path / "overlapping.json").write_text(json.dumps(overlapping))
-    with pytest.raises(ValueError, match="val and train_labelled share cases"):
+    with pytest.raises(ValueError, match="names cases in val and in train_labelled, spleen_1 among"):
         make_datasets.read_nnunet(9, tmp_path / "overlapping.json", "")
     with pytest.raises(ValueError, match="names 1 case.s. that Dataset009_Spleen does not have, spleen_9 among them"):
         make_datasets.read_nnunet(9, splits, "")
@@ -273,7 +338,7 @@ def test_plans_are_edited_where_a_name_belongs(script, tmp_path):
     file = tmp_path / "plans.json"
     configuration = {"patch_size": [8, 8, 8], "architecture": {"arch_kwargs": {"features_per_stage": [32, 64]}}}
     file.write_text(json.dumps({"configurations": {"3d_fullres": configuration}}))
-    script("study").edit_plans(file, {"patch_size": [4, 4, 4], "features_per_stage": [8, 16]})
+    script("preparation").edit_plans(file, {"patch_size": [4, 4, 4], "features_per_stage": [8, 16]})
     edited = json.loads(file.read_text())["configurations"]["3d_fullres"]
     assert edited["patch_size"] == [4, 4, 4]
     assert edited["architecture"]["arch_kwargs"] == {"features_per_stage": [8, 16]}

@@ -1,0 +1,161 @@
+"""What a study has found so far, what its folders were made for, and who works on what."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from study_file import Study
+
+MAY_GROW = (
+    "table", "structures", "folds", "seeds", "arms", "pretraining", "other_plans", "pretraining_trainers",
+    "pretraining_plans",
+)
+"""Keys of a study that may change while it goes on: texts and extent; entries that were run are compared one by one."""
+
+
+@contextmanager
+def exclusive(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock against other processes; False if another one has it and we do not ``wait``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Keys whose values differ, in words."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {json.dumps(before.get(key))}, is {json.dumps(now.get(key))}" for key in keys)
+
+
+def claim(file: Path, request: dict[str, Any], is_begun: bool) -> None:
+    """Writes down what is made beside a file.
+
+    Raises:
+        ValueError: if it ``is_begun``, and by another request.
+    """
+    request = json.loads(json.dumps(request))
+    if is_begun and file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before != request:
+            raise ValueError(
+                f"{file.parent} holds a training that was begun otherwise ({differences(before, request)}); give "
+                f"another folder as --work, or move this one away."
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(request, indent=1), encoding="utf-8")
+
+
+def commit() -> str | None:
+    """Of the repository that the scripts lie in, with "+" if files were changed; None outside of one."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=Path(__file__).parent, text=True,
+            capture_output=True, check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Results:
+    """The results' file of a study; several processes may add to it.
+
+    Args:
+        file: JSON; made if it is not there.
+
+    Raises:
+        ValueError: if it holds results of a study that was another one under this name.
+    """
+
+    def __init__(self, file: Path, study: Study):
+        self.file, self.study = file, study
+        self._check_unchanged()
+
+    def read(self) -> dict[str, Any]:
+        """What is known so far, of this process and of others."""
+        results: dict[str, Any] = {"study": {}, "pretraining": {}, "pieces": []}
+        if self.file.exists():
+            results.update(json.loads(self.file.read_text(encoding="utf-8")))
+        return results
+
+    @contextmanager
+    def changed(self) -> Iterator[dict[str, Any]]:
+        """The results, to be added to: one process at a time, and a reader never sees half a file."""
+        with exclusive(self.file.with_suffix(".lock")):
+            results = self.read()
+            yield results
+            results["study"] = self.study.__dict__
+            results["machine"] = {
+                "processors": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "nnunetv2", "nnunetv2-hyspark")},
+            }
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            partial.replace(self.file)
+
+    def has(self, arm: str, fold: int, seed: int) -> bool:
+        """Whether a piece is finished."""
+        return any((p["arm"], p["fold"], p["seed"]) == (arm, fold, seed) for p in self.read()["pieces"])
+
+    def add_piece(self, piece: dict[str, Any]) -> None:
+        """Adds a finished piece, once."""
+        with self.changed() as results:
+            known = {(p["arm"], p["fold"], p["seed"]) for p in results["pieces"]}
+            if (piece["arm"], piece["fold"], piece["seed"]) not in known:
+                results["pieces"].append({**piece, "commit": commit()})
+
+    def add_pretraining(self, name: str, sha256: str, found: dict[str, Any]) -> str:
+        """Adds a finished pre-training, once; returns its key.
+
+        That is its name; where a pre-training of this name was run before and gave another checkpoint, such as on
+        another machine, the name and a number.
+        """
+        with self.changed() as results:
+            runs = {key: run for key, run in results["pretraining"].items() if run.get("name", key) == name}
+            for key, run in runs.items():
+                if run.get("sha256") == sha256:
+                    return key
+            key = f"{name}, run {len(runs) + 1}" if runs else name
+            results["pretraining"][key] = {"name": name, "sha256": sha256, **found, "commit": commit()}
+            return key
+
+    def _check_unchanged(self) -> None:
+        results = self.read()
+        before, now = results["study"], json.loads(json.dumps(self.study.__dict__))
+        if not results["pieces"] and not results["pretraining"]:
+            return
+        fixed = [{key: study[key] for key in study if key not in MAY_GROW} for study in (before, now)]
+        pairs = [(fixed[0], {key: value for key, value in fixed[1].items() if key in before})]
+        for arm in {piece["arm"] for piece in results["pieces"]}:
+            sides = [
+                {key: value for key, value in study["arms"].get(arm, {}).items() if key != "baselines"}
+                for study in (before, now)
+            ]
+            pairs.append(({f"arm {arm}": sides[0]}, {f"arm {arm}": sides[1]}))
+        for name in {run.get("name", key) for key, run in results["pretraining"].items()}:
+            for key in ("pretraining", "pretraining_trainers", "pretraining_plans"):
+                label = f"{key} {name}"
+                pairs.append(({label: before.get(key, {}).get(name)}, {label: now[key].get(name)}))
+        used = {before["arms"].get(piece["arm"], {}).get("plans") for piece in results["pieces"]}
+        for name in used - {None}:
+            label = f"plans {name}"
+            pairs.append(({label: before["other_plans"].get(name)}, {label: now["other_plans"].get(name)}))
+        changes = "; ".join(filter(None, (differences(*pair) for pair in pairs)))
+        if changes:
+            raise ValueError(
+                f"{self.file} holds results of a study {self.study.name} that was another one ({changes}); give the "
+                f"study another name, or take other --results."
+            )

@@ -1,0 +1,216 @@
+"""What a study remembers: nothing is mixed, nothing is stored twice, and what was changed since is said."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = ("study", "study_file", "records", "commands", "preparation", "scores")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    yield importlib.import_module
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def study(script):
+    return script("study_file").Study(
+        name="small", pile=1, labelled=2, plan=[], architecture={}, folds=[0], seeds=[0],
+        pretraining={"short": {"epochs": 1}}, finetuning={"epochs": 2},
+        arms={"scratch": {"trainer": "Scratch"}, "finetuned": {"trainer": "Finetune", "weights": "short"}},
+    )
+
+
+PIECE = {"arm": "scratch", "fold": 0, "seed": 0, "labelled_cases": 3, "cases": {}, "curve": [], "seconds": 1.0}
+
+
+def test_a_piece_is_stored_once(script, study, tmp_path):
+    results = script("records").Results(tmp_path / "small.json", study)
+    assert not results.has("scratch", 0, 0)
+    results.add_piece(PIECE)
+    results.add_piece({**PIECE, "labelled_cases": 4})
+    assert results.has("scratch", 0, 0) and [p["labelled_cases"] for p in results.read()["pieces"]] == [3]
+    assert results.read()["machine"]["processors"] >= 1
+
+
+def test_a_pretraining_that_was_redone_is_another_one(script, study, tmp_path):
+    results = script("records").Results(tmp_path / "small.json", study)
+    assert results.add_pretraining("short", "a", {"seconds": 1}) == "short"
+    assert results.add_pretraining("short", "a", {"seconds": 9}) == "short"
+    assert results.add_pretraining("short", "b", {"seconds": 2}) == "short, run 2"
+    assert results.add_pretraining("short", "b", {"seconds": 9}) == "short, run 2"
+    assert [run["seconds"] for run in results.read()["pretraining"].values()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"finetuning": {"epochs": 3}}, 'finetuning was {"epochs": 2}, is {"epochs": 3}'),
+        ({"architecture": {"base_width": 8}}, "architecture was"),
+        ({"arms": {}}, "arm scratch was"),
+        ({"arms": {"scratch": {"trainer": "B"}}}, 'arm scratch was {"trainer": "Scratch"}, is {"trainer": "B"}'),
+        ({"pretraining": {"short": {"epochs": 2}}}, "pretraining short was"),
+        ({"pretraining_trainers": {"short": "Other"}}, "pretraining_trainers short was null"),
+    ],
+)
+def test_results_of_another_study_of_this_name_are_refused(script, study, tmp_path, change, message):
+    records = script("records")
+    results = records.Results(tmp_path / "small.json", study)
+    results.add_piece(PIECE)
+    results.add_pretraining("short", "a", {})
+    with pytest.raises(ValueError, match="was another one") as raised:
+        records.Results(tmp_path / "small.json", replace(study, **change))
+    assert message in str(raised.value)
+
+
+def test_a_study_may_grow(script, study, tmp_path):
+    records = script("records")
+    records.Results(tmp_path / "small.json", study).add_piece(PIECE)
+    arms = {**study.arms, "scratch": {"trainer": "Scratch", "baselines": ["new"]}, "new": {"trainer": "Scratch"}}
+    grown = replace(study, arms=arms, seeds=[0, 1], folds=[0, 1], table="Text", pretraining={"long": {}})
+    assert records.Results(tmp_path / "small.json", grown).has("scratch", 0, 0)
+
+
+def test_a_folder_of_another_training_is_not_gone_on_with(script, tmp_path):
+    claim = script("records").claim
+    file = tmp_path / "arm" / "request_0.json"
+    claim(file, {"settings": {"epochs": 2}}, is_begun=False)
+    claim(file, {"settings": {"epochs": 3}}, is_begun=False)
+    claim(file, {"settings": {"epochs": 3}}, is_begun=True)
+    with pytest.raises(ValueError, match=r'settings was {"epochs": 3}, is {"epochs": 4}.*another folder as --work'):
+        claim(file, {"settings": {"epochs": 4}}, is_begun=True)
+
+
+def test_who_does_not_wait_is_told_that_another_process_works_on_it(script, tmp_path):
+    exclusive = script("records").exclusive
+    holder = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'experiments')!r}); from pathlib import Path; "
+        f"from records import exclusive\n"
+        f"with exclusive(Path({str(tmp_path / 'lock')!r})):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with exclusive(tmp_path / "lock", wait=False) as is_ours:
+            assert not is_ours
+        process.communicate("")
+        with exclusive(tmp_path / "lock", wait=False) as is_ours:
+            assert is_ours
+    finally:
+        process.kill()
+
+
+def test_plans_are_made_once_for_one_request(script, tmp_path):
+    make_plans = script("preparation").make_plans
+    file, made = tmp_path / "Dataset001_A" / "Plans.json", []
+
+    def make():
+        file.write_text("{}")
+        made.append(len(made))
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_plans(file, {"spacing": (5, 5)}, make)
+    for _ in range(2):
+        make_plans(file, {"spacing": (5, 5)}, make)
+    assert made == [0, 1], "an interrupted go is repeated, a finished one is not"
+    with pytest.raises(ValueError, match=r"for another study \(spacing was \[5, 5\], is \[4, 4\]\)"):
+        make_plans(file, {"spacing": (4, 4)}, make)
+    file.with_suffix(".study").unlink()
+    with pytest.raises(ValueError, match="was not made by a study"):
+        make_plans(file, {"spacing": (5, 5)}, make)
+    assert file.exists()
+
+
+def test_images_can_be_normalised_like_the_other_data_set_s(script, tmp_path):
+    key = "foreground_intensity_properties_per_channel"
+    for name, std in (("A", 300), ("B", 60)):
+        plans = {key: {"0": {"std": std}}, "configurations": {"3d_fullres": {"data_identifier": "shared"}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(plans))
+    script("preparation").take_intensities(tmp_path / "A.json", tmp_path / "B.json")
+    changed = json.loads((tmp_path / "A.json").read_text())
+    assert changed[key] == {"0": {"std": 60}}
+    assert changed["configurations"]["3d_fullres"]["data_identifier"] == "A_3d_fullres"
+
+
+FAKE = """#!{python}
+import json, os, sys, time
+from pathlib import Path
+number, fold = sys.argv[1], sys.argv[3]
+trainer = sys.argv[sys.argv.index("-tr") + 1]
+folder = Path(os.environ["nnUNet_results"]) / f"Dataset{{int(number):03d}}_A" / trainer / f"fold_{{fold}}"
+(folder / "validation").mkdir(parents=True, exist_ok=True)
+with open({log!r}, "a") as log:
+    log.write(" ".join(sys.argv[1:]) + "\\n")
+time.sleep(0.3)
+(folder / "checkpoint_final.pth").write_text(os.environ["nnUNet_hyspark"])
+summary = {{"mean": {{"loss": 0.5}}, "metric_per_case": []}}
+(folder / "validation" / "summary.json").write_text(json.dumps(summary))
+"""
+
+
+def run_study(file: Path, work: Path, fake: Path) -> None:
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import study
+
+    sys.executable = str(fake.parent / "python")
+    sys.argv = ["study.py", str(file), "--work", str(work)]
+    study.main()
+
+
+def test_two_processes_share_a_study(study, tmp_path, monkeypatch):
+    """Every training is run once, the pre-training too, and results are in the work folder, not in the repository."""
+    folders = {name: tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        monkeypatch.setenv(name, str(folder))
+    for number in (1, 2):
+        folder = folders["nnUNet_preprocessed"] / f"Dataset{number:03d}_A"
+        folder.mkdir()
+        (folder / f"{study.plans}.json").write_text("{}")
+        request = {"plan": study.plan, "architecture": study.architecture, "plan_edit": study.plan_edit}
+        (folder / f"{study.plans}.study").write_text(json.dumps({"request": request, "is_complete": True}))
+        (folder / "splits_final.json").write_text(json.dumps([{"train": ["a", "b"], "val": ["c"]}]))
+    fake = tmp_path / "bin" / "nnUNetv2_train"
+    fake.parent.mkdir()
+    fake.write_text(FAKE.format(python=sys.executable, log=str(tmp_path / "log")))
+    fake.chmod(0o755)
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps({**study.__dict__, "seeds": [0, 1]}))
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_study, args=(file, tmp_path / "work", fake)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    runs = (tmp_path / "log").read_text().splitlines()
+    trained = sorted(run.partition("-tr ")[2].split()[0] for run in runs)
+    assert trained == ["Finetune", "Finetune", "HySparKPretrainTrainer", "Scratch", "Scratch"]
+    results = json.loads((tmp_path / "work" / "results" / "small.json").read_text())
+    pieces = sorted((p["arm"], p["seed"], p["labelled_cases"], p.get("pretraining")) for p in results["pieces"])
+    assert pieces == [
+        ("finetuned", 0, 2, "short"), ("finetuned", 1, 2, "short"), ("scratch", 0, 2, None), ("scratch", 1, 2, None)
+    ]
+    monkeypatch.setattr(sys, "argv", ["study.py", str(file), "--work", str(tmp_path / "work")])
+    file.write_text(json.dumps({**study.__dict__, "folds": [0, 1], "arms": {**study.arms}}))
+    again = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "study.py"), str(file), "--work", str(tmp_path / "work")],
+        capture_output=True, text=True,
+    )
+    assert again.returncode == 1 and "has fold(s) 1" in again.stderr and "Traceback" not in again.stderr

@@ -76,7 +76,6 @@ class HySparKFinetuneTrainer(HySparKTrainer):
             functools.partial(write_refusal, self), options.load_decoder,
             masks=len(self.label_manager.foreground_labels) if self.is_cascaded else 0,
         )
-        self.print_to_log_file(report.table(), add_timestamp=False)
         self.write_load_report(report)
 
     def load_remembered(self) -> None:

@@ -135,7 +135,6 @@ class HySparKPretrainTrainer(ResumableTrainer):
         """Goes on from another pre-training, or from an imported file: loads its encoder, and its reconstruction
         decoder where that fits; the report goes into the log and into ``load_report.json``."""
         report = load_pretraining(self.model, filename, functools.partial(write_refusal, self))
-        self.print_to_log_file(report.table(), add_timestamp=False)
         self.write_load_report(report)
 
     def _do_i_compile(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..transfer.preparation import CT_NORMALIZATION, difference_in_intensities
 from .source import PretrainedSource
 
 HOUNSFIELD_SCHEMES = ("CTNormalization", "CTWindow01Normalization")
@@ -52,6 +53,10 @@ def match_normalization(
                 f"images are normalised by {_names(default.schemes)}, in pre-training by "
                 f"{_names(source.normalization_schemes) or 'something the checkpoint does not tell'}"
             )
+        for channel, scheme in enumerate(default.schemes):
+            properties = (source.intensities.get(str(channel)), default.intensities.get(str(channel)))
+            if scheme == CT_NORMALIZATION and (said := difference_in_intensities(*properties)):
+                notes.append(f"channel {channel_names[channel]}: {said}")
         return Normalization(default.schemes, default.use_mask, default.intensities, notes)
     if not source.normalization_schemes:
         notes.append("the checkpoint does not tell its normalization: nnU-Net's for the target is planned")

@@ -26,6 +26,7 @@ from ..heap import keep_freed_memory
 from ..networks.topology import architecture_of
 from ..transfer.description import as_mapping, describe, description_of, fingerprint_digest
 from ..transfer.loading import hidden_differences
+from ..transfer.preparation import differences_in_preparation
 from ..transfer.reading import read_checkpoint
 from ..transfer.rebuilding import reason_of
 from ..transfer.report import LoadReport
@@ -330,7 +331,15 @@ class HySparKTrainer(nnUNetTrainer):
             )
 
     def write_load_report(self, report: LoadReport) -> None:
-        """Writes ``load_report.json``; weights are loaded before the training starts, so an earlier run goes first."""
+        """Logs what was loaded and how its images differ from this plan's, and writes ``load_report.json``; weights are
+        loaded before the training starts, so an earlier run goes first."""
+        advice = "; `hyspark plan-finetune` prepares images as in pre-training" if self.stage == "finetuning" else ""
+        report.notes += [
+            f"{difference}{advice}" for difference in differences_in_preparation(
+                report.description, self.configuration_manager.configuration, self.plans_manager.plans
+            )
+        ]
+        self.print_to_log_file(report.table(), add_timestamp=False)
         if not self.continue_training:
             self._check_other_folds()
             only_on_first(self._set_earlier_run_aside)

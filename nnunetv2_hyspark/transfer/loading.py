@@ -132,7 +132,7 @@ def load_encoder(
             f"{source} has no encoder weights (its first ones: {some}); expected a checkpoint of "
             f"HySparKPretrainTrainer, or one converted with 'hyspark import'."
         )
-    report = LoadReport(source, notes=source_notes(description or {}))
+    report = LoadReport(source, notes=source_notes(description or {}), description=description or {})
     plan = _Plan(network, target, weights, channels, masks, optional)
     hidden = hidden_differences(network, description or {})
     problems = plan.problems() + [text for _, text in hidden]

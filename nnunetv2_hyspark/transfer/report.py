@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -39,6 +40,8 @@ class LoadReport:
     source: str
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    description: Mapping[str, Any] = field(default_factory=dict)
+    """What the source says about itself."""
 
     def of(self, action: str) -> list[Entry]:
         """Entries with this action."""

@@ -113,6 +113,15 @@ def test_hounsfield_normalization_of_mr_is_refused(make_dataset, make_checkpoint
     assert schemes == ["ZScoreNormalization"]
 
 
+def test_other_intensities_of_ct_are_remarked(make_dataset, make_checkpoint, capsys):
+    make_dataset(*CT)
+    said = "channel CT: CT intensities were clipped to -999 to 888 HU, mean -7, scale 333 in pre-training, and are"
+    assert plan("-d", 10, "--from", make_checkpoint()) == 0
+    assert said not in capsys.readouterr().out
+    assert plan("-d", 10, "--from", make_checkpoint(), "--normalization", "default") == 0
+    assert said in capsys.readouterr().out
+
+
 def test_z_scores_of_ct_are_remarked(make_dataset, make_checkpoint, capsys):
     make_dataset(*CT)
     assert plan("-d", 10, "--from", make_checkpoint(normalization_schemes=["ZScoreNormalization"])) == 0

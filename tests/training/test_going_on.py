@@ -95,6 +95,23 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_from_the_same_weights(
     release(anew)
 
 
+def test_images_prepared_otherwise_than_before_are_said(make_trainer, pretrained, small_dataset, capsys) -> None:
+    def load() -> str:
+        capsys.readouterr()
+        trainer = make_trainer(SHORT, trainer_name=FINETUNE, weights=pretrained)
+        trainer.on_train_start()
+        release(trainer)
+        return capsys.readouterr().out
+
+    said = "voxels had 1 x 1 x 1 mm in pre-training, they have 2 x 1 x 1 mm in this plan; `hyspark plan-finetune`"
+    assert "in this plan" not in load()
+    path = small_dataset / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    path.write_text(json.dumps(plans))
+    assert load().count(said) == 1
+
+
 def test_a_run_that_goes_on_is_not_said_to_train_from_scratch(make_trainer: Callable, pretrained: str) -> None:
     first = make_trainer(SHORT, trainer_name=FINETUNE, weights=pretrained)
     first.on_train_start()

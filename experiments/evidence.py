@@ -17,6 +17,8 @@ import matplotlib
 import numpy as np
 from scipy.stats import wilcoxon
 
+from nnunetv2_hyspark.training.finetuning import FinetuningConfig
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -131,7 +133,7 @@ def comparison(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Every value's mean with those before it, over ``SMOOTHING`` epochs, over fewer at the beginning."""
-    return np.array([values[max(0, end - SMOOTHING):end].mean() for end in range(1, len(values) + 1)])
+    return np.array([np.nanmean(values[max(0, end - SMOOTHING):end]) for end in range(1, len(values) + 1)])
 
 
 def curve(pieces: Iterable[dict[str, Any]]) -> np.ndarray:
@@ -141,36 +143,42 @@ def curve(pieces: Iterable[dict[str, Any]]) -> np.ndarray:
     return 100 * np.nanmean([c[:length] for c in curves], axis=0)
 
 
+def steps_per_epoch(study: dict[str, Any]) -> int:
+    """Of its fine-tunings."""
+    return study["finetuning"].get("iterations_per_epoch", FinetuningConfig().iterations_per_epoch)
+
+
 def plot_curves(
-    study: dict[str, Any], groups: dict[tuple[str, int], list[dict[str, Any]]], counts: list[int], docs: Path
+    study: dict[str, Any], groups: dict[tuple[str, int], list[dict[str, Any]]], folds: dict[int, int], docs: Path
 ) -> str:
-    """Learning curves, smoothed, a panel per number of labelled cases; returns the file's name.
+    """Learning curves, smoothed, a panel per fold, which ``folds`` give the number of labelled cases of; returns the
+    file's name.
 
     Arms that are in one panel alone are thin.
     """
-    panels = {arm: sum((arm, count) in groups for count in counts) for arm in study["arms"]}
+    panels = {arm: sum((arm, fold) in groups for fold in folds) for arm in study["arms"]}
     shown = [arm for arm in study["arms"] if panels[arm]]
     most = max(panels.values())
-    columns = min(3, len(counts))
-    rows, legend_rows = math.ceil(len(counts) / columns), math.ceil(len(shown) / 2)
+    columns = min(3, len(folds))
+    rows, legend_rows = math.ceil(len(folds) / columns), math.ceil(len(shown) / 2)
     figure, axes = plt.subplots(
         rows, columns, figsize=(4 * columns, 3 * rows + 0.2 * legend_rows), squeeze=False, sharex=True, sharey=True,
         layout="constrained",
     )
     colours = plt.get_cmap("tab20" if len(shown) > 10 else "tab10")
     lines = {}
-    for axis, count in zip(axes.flat, counts):
+    for axis, (fold, count) in zip(axes.flat, folds.items()):
         for number, arm in enumerate(shown):
-            if (arm, count) in groups:
-                values = smoothed(curve(groups[arm, count]))
-                steps = study["finetuning"]["iterations_per_epoch"] * np.arange(1, len(values) + 1)
+            if (arm, fold) in groups:
+                values = smoothed(curve(groups[arm, fold]))
+                steps = steps_per_epoch(study) * np.arange(1, len(values) + 1)
                 width, order = (0.7, 2) if panels[arm] == 1 < most else (1.8, 3)
                 (lines[arm],) = axis.plot(steps, values, color=colours(number), linewidth=width, zorder=order)
         axis.set_title(f"{count} labelled cases")
         axis.set_xlabel("steps")
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(counts) :]:
+    for axis in axes.flat[len(folds) :]:
         axis.set_axis_off()
     for row in axes:
         row[0].set_ylabel(f"pseudo-Dice, %, {SMOOTHING} epochs")
@@ -216,11 +224,11 @@ def losses_of_trainers(study: dict[str, Any], finished: dict[str, dict[str, Any]
     return [f"Trained {trained}. Validation losses, epoch by epoch: {shown}. From `{first}`: {apart}.", ""]
 
 
-def with_its_study(results: dict[str, Any]) -> dict[str, Any]:
-    """Results with what the study's file says now of the tables: their text, structures, the arms' order and baselines.
-    What was trained is told by the copy that was stored with the pieces."""
+def with_its_study(results: dict[str, Any], ours: bool) -> dict[str, Any]:
+    """Results, if they are ``ours``, with what the study's file says now of the tables: their text, structures, the
+    arms' order and baselines. What was trained is told by the copy that was stored with the pieces."""
     file = Path(__file__).parent / "studies" / f"{results.get('study', {}).get('name')}.json"
-    if not file.is_file():
+    if not file.is_file() or not ours:
         return results
     stored, present = results["study"], json.loads(file.read_text(encoding="utf-8"))
     arms = {
@@ -237,8 +245,9 @@ def section(results: dict[str, Any], docs: Path) -> list[str]:
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for piece in results["pieces"]:
         if piece["arm"] in study["arms"]:
-            groups.setdefault((piece["arm"], piece["labelled_cases"]), []).append(piece)
-    counts = sorted({count for _, count in groups})
+            groups.setdefault((piece["arm"], piece["fold"]), []).append(piece)
+    sizes = {fold: pieces[0]["labelled_cases"] for (_, fold), pieces in groups.items()}
+    folds = {fold: sizes[fold] for fold in sorted(sizes, key=lambda fold: (sizes[fold], fold))}
     seconds = sum(p["seconds"] for p in results["pieces"]) + sum(p["seconds"] for p in results["pretraining"].values())
     lines = [
         f"## {study['name']}", "", study["table"], "",
@@ -261,15 +270,16 @@ def section(results: dict[str, Any], docs: Path) -> list[str]:
         "| labelled cases | arm | Dice | against | by structure | HD95, mm | seeds | minutes | of pre-training |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for count in counts:
+    for fold, size in folds.items():
+        count = f"{size}" if list(folds.values()).count(size) == 1 else f"{size}, fold {fold}"
         for arm, options in study["arms"].items():
-            pieces = groups.get((arm, count))
+            pieces = groups.get((arm, fold))
             if not pieces:
                 continue
             dice = [float(np.mean(list(mean_dice(p).values()))) for p in pieces]
             spread = f" ({np.std(dice, ddof=1):.1f})" if len(dice) > 1 else ""
             against = [
-                comparison(name, pieces, groups.get((name, count), []), study["finetuning"]["iterations_per_epoch"])
+                comparison(name, pieces, groups.get((name, fold), []), steps_per_epoch(study))
                 for name in options.get("baselines", [BASELINE])
                 if name != arm
             ]
@@ -287,7 +297,7 @@ def section(results: dict[str, Any], docs: Path) -> list[str]:
     shown = {arm for arm, _ in groups}
     lines += [f"- `{arm}`: {json.dumps(options)}" for arm, options in study["arms"].items() if arm in shown]
     if groups:
-        lines += ["", f"![Learning curves]({plot_curves(study, groups, counts, docs)})", ""]
+        lines += ["", f"![Learning curves]({plot_curves(study, groups, folds, docs)})", ""]
     return lines
 
 
@@ -308,6 +318,31 @@ def shift_section(results: dict[str, Any]) -> list[str]:
     for row in results["rows"]:
         shares = " | ".join(f"{share:.2f}" for share in row["shares"])
         lines.append(f"| {row['network']} | {row['ratio']:.0%} | {row['filling']} | {shares} |")
+    return [*lines, ""]
+
+
+def rounding_section(results: dict[str, Any]) -> list[str]:
+    """What `rounding.py` measured: how far the losses of the variants are from blocks of the same precision."""
+    by_decoder, settings = results["losses"], results["rounding"]
+    count = len(next(iter(next(iter(by_decoder.values())).values())))
+    steps = [step for step in (1, 2, 5, 10, 20, 50, 100) if step <= count]
+    lines = [
+        "## Blocks and dense maps: the same training", "",
+        "    python experiments/rounding.py nnUNet_preprocessed/DatasetNNN_NAME/nnUNetHySparKPlans.json --steps "
+        f"{count}", "",
+        f"Pre-training of the plan's encoder (that of `openkbp_cpu`; {settings['cases']} CTs, "
+        f"{settings['batch']} crops of {'x'.join(map(str, settings['patch']))}, three quarters hidden, AdamW 2e-3), "
+        "from the same weights on the same crops and masks: a step's loss, relative difference from blocks in the same "
+        "precision.", "",
+        "| decoder | variant | " + " | ".join(f"step {step}" for step in steps) + " |", "|---" * (2 + len(steps)) + "|",
+    ]
+    for decoder, losses in by_decoder.items():
+        for name, values in losses.items():
+            reference = losses[f"{name.split(',')[0]}, blocks"]
+            if values is reference:
+                continue
+            apart = [abs(values[step - 1] / reference[step - 1] - 1) for step in steps]
+            lines.append(f"| {decoder} | {name} | " + " | ".join(f"{difference:.0e}" for difference in apart) + " |")
     return [*lines, ""]
 
 
@@ -353,8 +388,12 @@ def main() -> None:
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     lines = [HEADER.format(baseline=BASELINE, smoothing=SMOOTHING)]
     for file in arguments.results:
-        results = with_its_study(json.loads(file.read_text(encoding="utf-8")))
-        lines += section(results, docs) if "study" in results else shift_section(results)
+        ours = file.resolve().parent == Path(__file__).parent / "results"
+        results = with_its_study(json.loads(file.read_text(encoding="utf-8")), ours)
+        if "study" in results:
+            lines += section(results, docs)
+        else:
+            lines += rounding_section(results) if "rounding" in results else shift_section(results)
     benchmarks = sorted((docs / "figures").glob("benchmark_*.json"))
     lines += cost_section([json.loads(file.read_text(encoding="utf-8")) for file in benchmarks])
     notes = docs / "evidence_notes.md"

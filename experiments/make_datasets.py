@@ -128,10 +128,12 @@ def draw_splits(cases: list[str], seed: int = 0) -> dict[str, Any]:
 
 
 def subsets_of(splits: dict[str, Any]) -> list[list[str]]:
-    """Labelled training cases of every subset, smallest first, all of them last."""
+    """Labelled training cases of every subset, smallest first, all of them last; equal ones once."""
     every = list(splits["train_labelled"])
-    subsets = [list(ids) for ids in splits.get("few_label_subsets", {}).values() if set(ids) != set(every)]
-    return [*sorted(subsets, key=len), every]
+    different = {frozenset(every): every}
+    for ids in splits.get("few_label_subsets", {}).values():
+        different.setdefault(frozenset(ids), list(ids))
+    return [*sorted((ids for ids in different.values() if ids is not every), key=len), every]
 
 
 def write_labelled(folder: Path, source: Source) -> None:

@@ -10,14 +10,21 @@ from typing import Any
 
 import commands
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from records import differences, exclusive
+from records import differences, exclusive, write
 from study_file import Study
+
+from nnunetv2_hyspark.planning.remembered import file_digest
 
 
 def preprocessed(number: int) -> Path:
     """Folder of a preprocessed data set, which may not be there yet; raises RuntimeError if there is no such data set
     at all."""
     return Path(os.environ["nnUNet_preprocessed"]) / maybe_convert_to_dataset_name(number)
+
+
+def data_digest(number: int) -> str:
+    """Of a raw data set's ``dataset.json``, which names its cases."""
+    return file_digest(Path(os.environ["nnUNet_raw"]) / maybe_convert_to_dataset_name(number) / "dataset.json")
 
 
 def edit_plans(file: Path, values: dict[str, Any]) -> None:
@@ -65,10 +72,9 @@ def make_plans(file: Path, request: dict[str, Any], make: Callable[[], None]) ->
             )
         if before["is_complete"]:
             return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps({"request": request, "is_complete": False}, indent=1), encoding="utf-8")
+    write(stamp, {"request": request, "is_complete": False})
     make()
-    stamp.write_text(json.dumps({"request": request, "is_complete": True}, indent=1), encoding="utf-8")
+    write(stamp, {"request": request, "is_complete": True})
 
 
 def prepare(study: Study, logs: Path) -> None:
@@ -104,7 +110,10 @@ def _plan(study: Study, number: int, file: Path, logs: Path) -> None:
         )
         edit_plans(file, study.plan_edit)
 
-    request = {"plan": study.plan, "architecture": study.architecture, "plan_edit": study.plan_edit}
+    request = {
+        "plan": study.plan, "architecture": study.architecture, "plan_edit": study.plan_edit,
+        "dataset.json": data_digest(number),
+    }
     make_plans(file, request, make)
 
 
@@ -128,4 +137,7 @@ def _plan_further(study: Study, name: str, folders: dict[int, Path], logs: Path)
                 "-c", "3d_fullres",
             )
 
-    make_plans(file, {**plan, "architecture": study.architecture}, make)
+    request = {**plan, "architecture": study.architecture, "dataset.json": data_digest(number)}
+    if plan.get("like_the_other"):
+        request["the other's plans"] = file_digest(folders[other] / f"{study.plans}.json")
+    make_plans(file, request, make)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,16 +25,28 @@ MAY_GROW = (
 
 
 @contextmanager
-def exclusive(file: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock against other processes; False if another one has it and we do not ``wait``."""
+def exclusive(file: Path, until: float = math.inf) -> Iterator[bool]:
+    """Holds a lock against other processes; False if another one has it ``until`` then (``time.monotonic``)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    yield False
+                    return
+                time.sleep(0.2)
         yield True
+
+
+def write(file: Path, content: Any) -> None:
+    """Writes JSON: all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(file)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -52,22 +66,34 @@ def claim(file: Path, request: dict[str, Any], is_begun: bool) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != request:
             raise ValueError(
-                f"{file.parent} holds a training that was begun otherwise ({differences(before, request)}); give "
-                f"another folder as --work, or move this one away."
+                f"{file.parent} holds what was begun otherwise ({differences(before, request)}); give another folder "
+                f"as --work, or move this one away."
             )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(request, indent=1), encoding="utf-8")
+    write(file, request)
 
 
-def commit() -> str | None:
-    """Of the repository that the scripts lie in, with "+" if files were changed; None outside of one."""
-    try:
+def commit() -> str:
+    """Of the repository that the scripts lie in, with "+" if code was changed; "unknown" outside of one."""
+
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=Path(__file__).parent, text=True,
-            capture_output=True, check=True,
+            ["git", *arguments], cwd=Path(__file__).parent.parent, text=True, capture_output=True, check=True
         ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", ":!experiments/results", ":!docs")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return "unknown"
+
+
+def commits_of(file: Path, now: str | None = None) -> list[str]:
+    """The commits with which a training was begun and gone on with, noted in a file; ``now`` is added."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    if now is not None and now not in known:
+        known.append(now)
+        write(file, known)
+    return known
 
 
 class Results:
@@ -82,7 +108,8 @@ class Results:
 
     def __init__(self, file: Path, study: Study):
         self.file, self.study = file, study
-        self._check_unchanged()
+        with self.changed():
+            pass
 
     def read(self) -> dict[str, Any]:
         """What is known so far, of this process and of others."""
@@ -96,15 +123,25 @@ class Results:
         """The results, to be added to: one process at a time, and a reader never sees half a file."""
         with exclusive(self.file.with_suffix(".lock")):
             results = self.read()
+            study = self._checked(results)
             yield results
-            results["study"] = self.study.__dict__
+            results["study"] = study
             results["machine"] = {
                 "processors": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "nnunetv2", "nnunetv2-hyspark")},
             }
-            partial = self.file.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
-            partial.replace(self.file)
+            write(self.file, results)
+
+    def expect_splits(self, sha256: str) -> None:
+        """Raises ValueError if finished pieces were trained and validated on other cases than these splits' file
+        says."""
+        with self.changed() as results:
+            if results["pieces"] and results.get("splits", sha256) != sha256:
+                raise ValueError(
+                    f"{self.file} holds pieces of other splits than splits_final.json has now; bring that back, or "
+                    f"give the study another name, and another folder as --work."
+                )
+            results["splits"] = sha256
 
     def has(self, arm: str, fold: int, seed: int) -> bool:
         """Whether a piece is finished."""
@@ -115,7 +152,7 @@ class Results:
         with self.changed() as results:
             known = {(p["arm"], p["fold"], p["seed"]) for p in results["pieces"]}
             if (piece["arm"], piece["fold"], piece["seed"]) not in known:
-                results["pieces"].append({**piece, "commit": commit()})
+                results["pieces"].append(piece)
 
     def add_pretraining(self, name: str, sha256: str, found: dict[str, Any]) -> str:
         """Adds a finished pre-training, once; returns its key.
@@ -129,33 +166,41 @@ class Results:
                 if run.get("sha256") == sha256:
                     return key
             key = f"{name}, run {len(runs) + 1}" if runs else name
-            results["pretraining"][key] = {"name": name, "sha256": sha256, **found, "commit": commit()}
+            results["pretraining"][key] = {"name": name, "sha256": sha256, **found}
             return key
 
-    def _check_unchanged(self) -> None:
-        results = self.read()
+    def _checked(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The study as it is to be stored: this one, and what others have added to it meanwhile, or what it had before;
+        raises ValueError if something that was run is another thing now."""
         before, now = results["study"], json.loads(json.dumps(self.study.__dict__))
-        if not results["pieces"] and not results["pretraining"]:
-            return
+        if not before:
+            return now
         fixed = [{key: study[key] for key in study if key not in MAY_GROW} for study in (before, now)]
         pairs = [(fixed[0], {key: value for key, value in fixed[1].items() if key in before})]
-        for arm in {piece["arm"] for piece in results["pieces"]}:
+        used_plans: set[str | None] = set()
+        for arm in {piece["arm"] for piece in results["pieces"]} & now["arms"].keys():
             sides = [
                 {key: value for key, value in study["arms"].get(arm, {}).items() if key != "baselines"}
                 for study in (before, now)
             ]
             pairs.append(({f"arm {arm}": sides[0]}, {f"arm {arm}": sides[1]}))
-        for name in {run.get("name", key) for key, run in results["pretraining"].items()}:
+            used_plans.add(sides[0].get("plans"))
+        for name in {run.get("name", key) for key, run in results["pretraining"].items()} & now["pretraining"].keys():
             for key in ("pretraining", "pretraining_trainers", "pretraining_plans"):
                 label = f"{key} {name}"
                 pairs.append(({label: before.get(key, {}).get(name)}, {label: now[key].get(name)}))
-        used = {before["arms"].get(piece["arm"], {}).get("plans") for piece in results["pieces"]}
-        for name in used - {None}:
+            used_plans.add(before.get("pretraining_plans", {}).get(name))
+        for name in used_plans & now["other_plans"].keys():
             label = f"plans {name}"
             pairs.append(({label: before["other_plans"].get(name)}, {label: now["other_plans"].get(name)}))
         changes = "; ".join(filter(None, (differences(*pair) for pair in pairs)))
         if changes:
             raise ValueError(
                 f"{self.file} holds results of a study {self.study.name} that was another one ({changes}); give the "
-                f"study another name, or take other --results."
+                f"study another name, and another folder as --work."
             )
+        grown = {
+            key: {**before[key], **value} for key, value in now.items()
+            if isinstance(value, dict) and key in MAY_GROW and key in before
+        }
+        return {**now, **grown}

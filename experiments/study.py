@@ -6,8 +6,8 @@ The study's file says what is trained; see experiments/README.md. Every training
 repeated, an interrupted one goes on, and after ``--minutes`` the one that runs is told to save and stop, so that a
 study can be run in several goes. Several processes may run a study beside each other: each takes pieces that no other
 works on. ``--arms``, ``--folds`` and ``--seeds`` choose among them.
-FOLDER takes checkpoints, logs and, as they come, ``results/NAME.json``. A study whose settings were changed since is
-refused. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always.
+FOLDER, one per study, takes checkpoints, logs and, as they come, ``results/NAME.json``. A study whose settings, plans
+or splits were changed since is refused. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import commands
 from preparation import prepare, preprocessed
-from records import Results, claim, exclusive
+from records import Results, claim, commit, commits_of, exclusive
 from scores import probe_dice, score_validation, training_seconds, validation_losses
 from study_file import Study
 
@@ -48,6 +48,8 @@ class Runner:
     ):
         self.study, self.work, self.arms, self.folds, self.seeds = study, work, arms, folds, seeds
         self.until = time.monotonic() + 60 * minutes
+        claim(work / "study.json", {"name": study.name}, is_begun=True)
+        self.commit = commit()
         self.results = Results(results / f"{study.name}.json", study)
 
     def is_over(self) -> bool:
@@ -75,14 +77,16 @@ class Runner:
             RuntimeError: if it fails.
         """
         found = list(folder.glob(f"Dataset{number:03d}_*/*/fold_{fold}"))
+        plans = preprocessed(number) / f"{more[more.index('-p') + 1]}.json"
         request = {
             "arguments": list(more), "settings": settings, "environment": environment or {},
-            "weights": file_digest(weights) if weights else None,
+            "weights": file_digest(weights) if weights else None, "dataset": number, "plans": file_digest(plans),
         }
         if fold != "all":
             splits = preprocessed(number) / "splits_final.json"
             request["cases"] = json.loads(splits.read_text(encoding="utf-8"))[int(fold)]
         claim(folder / f"request_{fold}.json", request, is_begun=bool(found))
+        commits_of(folder / f"commits_{fold}.json", self.commit)
         if not (found and (found[0] / "validation" / "summary.json").exists()):
             if self.is_over():
                 return None
@@ -100,11 +104,13 @@ class Runner:
                 return None
         return next(folder.glob(f"Dataset{number:03d}_*/*/fold_{fold}"))
 
-    def pretrain(self, name: str) -> tuple[Path, str] | None:
+    def pretrain(self, name: str, until: float) -> tuple[Path, str] | None:
         """One pre-training, by one process at a time; returns its checkpoint and its key among the results, or None if
-        the time is up."""
+        the time is up, or another process works on it ``until`` then."""
         folder = self.work / "pretraining" / name
-        with exclusive(folder / ".lock"):
+        with exclusive(folder / ".lock", until) as is_ours:
+            if not is_ours:
+                return None
             trained = self.train(
                 folder, self.work / "logs" / f"pretraining_{name}.txt", self.study.pile, "all",
                 "-tr", self.study.pretraining_trainers.get(name, "HySparKPretrainTrainer"),
@@ -121,13 +127,16 @@ class Runner:
                 "summary": summary["mean"],
                 "probe": probe_dice(trained),
                 "losses": validation_losses(trained),
+                "commits": commits_of(folder / "commits_all.json"),
             })
         return checkpoint, key
 
     def piece(self, arm: str, fold: int, seed: int, wait: bool = True) -> bool:
-        """One training of an arm; False if the time is up, or another process works on it and we do not ``wait``."""
+        """One training of an arm; False if the time is up, or another process works on it, or on what it starts from,
+        and we do not ``wait``."""
         folder = self.work / "arms" / arm / f"seed_{seed}"
-        with exclusive(folder / f".lock_{fold}", wait) as is_ours:
+        until = self.until if wait else 0.0
+        with exclusive(folder / f".lock_{fold}", until) as is_ours:
             if not is_ours:
                 return False
             if self.results.has(arm, fold, seed):
@@ -135,7 +144,7 @@ class Runner:
             options = self.study.arms[arm]
             checkpoint, pretraining = None, {}
             if "weights" in options:
-                made = self.pretrain(options["weights"])
+                made = self.pretrain(options["weights"], until)
                 if made is None:
                     return False
                 checkpoint, pretraining = made[0], {"pretraining": made[1]}
@@ -150,7 +159,7 @@ class Runner:
             cases = json.loads((folder / f"request_{fold}.json").read_text(encoding="utf-8"))["cases"]
             self.results.add_piece({
                 "arm": arm, "fold": fold, "seed": seed, "labelled_cases": len(cases["train"]), **pretraining,
-                **score_validation(trained),
+                "commits": commits_of(folder / f"commits_{fold}.json"), **score_validation(trained),
             })
         return True
 
@@ -158,8 +167,9 @@ class Runner:
         """Every piece, seed by seed, those that other processes work on last; False if the time was up before the
         end."""
         prepare(self.study, self.work / "logs")
+        self.results.expect_splits(file_digest(preprocessed(self.study.labelled) / "splits_final.json"))
         if not self.study.arms:
-            return all(self.pretrain(name) is not None for name in self.study.pretraining)
+            return all(self.pretrain(name, self.until) is not None for name in self.study.pretraining)
         pieces = [(arm, fold, seed) for seed in self.seeds for fold in self.folds for arm in self.arms]
         left = [piece for piece in pieces if not self.piece(*piece, wait=False)]
         return all(self.piece(*piece) for piece in left)
@@ -167,7 +177,8 @@ class Runner:
 
 def main() -> None:
     """Runs a study or a part of it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")

@@ -62,16 +62,21 @@ class HySparKPretrainTrainer(ResumableTrainer):
         self.enable_deep_supervision = False
         self.logger.local_logger = PretrainingLog()
         self.inference_allowed_mirroring_axes = tuple(self.options.flip_axes)
+        self.seconds_before = 0.0
         self.previews: Previews | None = None
         self.probe: LinearProbe | None = None
         if self.settings.unplanned:
             planned, now = (
-                ", ".join(f"{key}={values[i]}" for key, values in self.settings.unplanned.items()) for i in (0, 1)
+                ",".join(
+                    f"{key}={str(values[i]).lower() if isinstance(values[i], bool) else values[i]}"
+                    for key, values in self.settings.unplanned.items()
+                )
+                for i in (0, 1)
             )
             self.print_to_log_file(
                 f"WARNING: the plan's batch of {self.options.batch_size} crops fits its memory target with {planned}; "
-                f"this run has {now} and may need more; plan again with nnUNet_hyspark={now.replace(', ', ',')}, or "
-                f"set a batch_size.", add_timestamp=False,
+                f"this run has {now} and may need more, or leave some; plan again with nnUNet_hyspark={now}, or set a "
+                f"batch_size.", add_timestamp=False,
             )
 
     @staticmethod
@@ -266,6 +271,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
             f"{count_visible(grid, options.mask_ratio)} visible per crop; encoder {parameters:,} parameters; "
             f"batch {self.configuration_manager.batch_size} crops over {self.world_size} process(es)"
         )
+        self.seconds_before = self.so_far.seconds
         if self.so_far.step:
             self.print_to_log_file(f"epoch {self.current_epoch} goes on at step {self.so_far.step}")
 
@@ -339,7 +345,8 @@ class HySparKPretrainTrainer(ResumableTrainer):
             f"effective rank {last['effective_rank']:.1f}, deviation of the prediction "
             f"{last['reconstruction_deviation']:.3f}"
         )
-        duration = last["epoch_end_timestamps"] - last["epoch_start_timestamps"]
+        duration = last["epoch_end_timestamps"] - last["epoch_start_timestamps"] + self.seconds_before
+        self.seconds_before = 0.0
         left = remaining_time(log["epoch_start_timestamps"], log["epoch_end_timestamps"], self.num_epochs - epoch - 1)
         self.print_to_log_file(f"Epoch time: {duration:.2f} s, about {left} to go")
         for sign in new_signs(log, self.options.learning_rate):

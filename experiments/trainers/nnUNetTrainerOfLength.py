@@ -1,10 +1,12 @@
 """nnU-Net's own trainer with a length, for baselines with the same number of steps."""
 
 import os
+from pathlib import Path
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_hyspark.training.exclusive import claim
 from nnunetv2_hyspark.training.parameters import decay_groups
 from nnunetv2_hyspark.training.schedule import WarmupCosineSchedule
 from nnunetv2_hyspark.training.threads import keep_to_allowed_threads
@@ -33,6 +35,11 @@ class nnUNetTrainerOfLength(nnUNetTrainer):
         self.num_epochs = int(os.environ["EPOCHS"])
         self.num_iterations_per_epoch = int(os.environ["ITERATIONS"])
         self.num_val_iterations_per_epoch = int(os.environ["VAL_ITERATIONS"])
+
+    def on_train_start(self) -> None:
+        """nnU-Net's, in a folder that no other process trains in."""
+        self.claimed = claim(Path(self.output_folder), self.print_to_log_file)
+        super().on_train_start()
 
     def configure_optimizers(self):
         """nnU-Net's SGD, or AdamW with ``RATE``."""

@@ -113,8 +113,8 @@ def _check_decoder(options: HySparKConfig) -> None:
 def _unplanned(options: HySparKConfig, block: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """See :attr:`Settings.unplanned`; plans of earlier versions tell nothing."""
     memory = block.get("memory")
-    planned = memory.get("pretraining", {}) if isinstance(memory, Mapping) else {}
-    if options.batch_size != block.get("pretraining", {}).get("batch_size"):
+    planned = memory.get("pretraining") if isinstance(memory, Mapping) else None
+    if not isinstance(planned, Mapping) or options.batch_size != block.get("pretraining", {}).get("batch_size"):
         return {}
     return {
         key: (planned[key], getattr(options, key))

@@ -333,7 +333,8 @@ class HySparKTrainer(nnUNetTrainer):
     def write_load_report(self, report: LoadReport) -> None:
         """Logs what was loaded and how its images differ from this plan's, and writes ``load_report.json``; weights are
         loaded before the training starts, so an earlier run goes first."""
-        advice = "; `hyspark plan-finetune` prepares images as in pre-training" if self.stage == "finetuning" else ""
+        is_unplanned = self.stage == "finetuning" and not self.settings.checkpoint
+        advice = "; `hyspark plan-finetune` prepares images as in pre-training" if is_unplanned else ""
         report.notes += [
             f"{difference}{advice}" for difference in differences_in_preparation(
                 report.description, self.configuration_manager.configuration, self.plans_manager.plans

@@ -37,13 +37,14 @@ def differences_in_preparation(
         if max(ratios) > LARGEST_RATIO:
             then, now = (" x ".join(f"{value:g}" for value in spacing) for spacing in spacings)
             found.append(f"voxels had {then} mm in pre-training, they have {now} mm in this plan")
-    schemes = [list(values.get("normalization_schemes") or ()) for values in (theirs, configuration)]
-    if all(schemes) and schemes[0] != schemes[1]:
+    schemes = [_names(values.get("normalization_schemes")) for values in (theirs, configuration)]
+    same_channels = len(schemes[0]) == len(schemes[1])  # else the first convolution is adapted
+    if all(schemes) and (schemes[0] != schemes[1] if same_channels else set(schemes[0]) != set(schemes[1])):
         then, now = (", ".join(map(str, names)) for names in schemes)
         found.append(f"images were normalised by {then} in pre-training, by {now} in this plan")
     key = "foreground_intensity_properties_per_channel"
     before, here = (as_mapping(values.get(key)) for values in (description, plans))
-    for channel, (first, second) in enumerate(zip(*schemes)):
+    for channel, (first, second) in enumerate(zip(*schemes) if same_channels else ()):
         if first == second == CT_NORMALIZATION:
             differing = difference_in_intensities(before.get(str(channel)), here.get(str(channel)))
             if differing:
@@ -70,6 +71,10 @@ def difference_in_intensities(before: Any, now: Any) -> str:
         return ""
     then, here = (f"clipped to {low:.0f} to {high:.0f} HU, mean {m:.0f}, scale {s:.0f}" for m, s, low, high in values)
     return f"CT intensities were {then} in pre-training, and are {here} in this plan"
+
+
+def _names(values: Any) -> list[str]:
+    return [str(value) for value in values] if isinstance(values, (list, tuple)) else []
 
 
 def _numbers(values: Any) -> list[float]:

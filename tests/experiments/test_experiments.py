@@ -18,6 +18,7 @@ import SimpleITK as sitk
 
 from nnunetv2_hyspark.configuration import Source, resolve
 from nnunetv2_hyspark.networks.topology import ArchitectureConfig
+from nnunetv2_hyspark.planning.remembered import file_digest
 from nnunetv2_hyspark.pretext.hyspark import HySparKConfig
 from nnunetv2_hyspark.training.finetuning import FinetuningConfig
 
@@ -132,10 +133,13 @@ def test_ending_a_study_ends_its_training(tmp_path):
     labelled = tmp_path / "nnUNet_preprocessed" / f"Dataset{study['labelled']:03d}_Labelled"
     for folder in (pretraining, labelled):
         folder.mkdir(parents=True)
+        raw = tmp_path / "nnUNet_raw" / folder.name
+        raw.mkdir(parents=True)
+        (raw / "dataset.json").write_text("{}")
         for name in ("nnUNetHySparKPlans", *study["other_plans"]):
             (folder / f"{name}.json").write_text("{}")
             plan = study["other_plans"].get(name) or {key: study.get(key, {}) for key in ("plan", "plan_edit")}
-            request = {**plan, "architecture": study["architecture"]}
+            request = {**plan, "architecture": study["architecture"], "dataset.json": file_digest(raw / "dataset.json")}
             (folder / f"{name}.study").write_text(json.dumps({"request": request, "is_complete": True}))
         (folder / "splits_final.json").write_text(json.dumps([{"train": [], "val": []}] * 5))
     fake = tmp_path / "bin" / "nnUNetv2_train"
@@ -252,6 +256,18 @@ def test_trainers_are_compared_by_their_losses(script):
     assert compare(study, {"a": {}}) == compare({"pretraining": {"a": {}}}, finished) == []
 
 
+def test_variants_of_a_training_are_compared_in_their_own_precision(script):
+    lines = script("evidence").rounding_section({
+        "rounding": {"cases": 3, "batch": 2, "patch": [8, 8, 8]},
+        "losses": {"segmentation": {
+            "float64, blocks": [1.0, 0.5], "float64, dense maps": [1.0, 0.5000000005], "float32, blocks": [1.0, 0.4],
+            "float32, dense maps": [1.0, 0.44],
+        }},
+    })
+    assert "| segmentation | float64, dense maps | 0e+00 | 1e-09 |" in lines
+    assert "| segmentation | float32, dense maps | 0e+00 | 1e-01 |" in lines
+
+
 def test_pretrainings_are_compared_by_what_differs(script):
     run = {"seconds": 90.0, "summary": {"loss": 0.7}}
     lines = script("evidence").pretraining_table({
@@ -272,6 +288,7 @@ def test_folds_are_the_subsets_smallest_first(script):
     subsets = script("make_datasets").subsets_of(splits)
     assert [len(ids) for ids in subsets] == [2, 4, 9]
     splits["few_label_subsets"] |= {"two others": ["a7", "a8"], "all": splits["train_labelled"][::-1]}
+    splits["few_label_subsets"] |= {"the first two again": ["a1", "a0"]}
     assert script("make_datasets").subsets_of(splits) == [["a0", "a1"], ["a7", "a8"], *subsets[1:]]
 
 

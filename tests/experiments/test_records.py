@@ -7,10 +7,13 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from nnunetv2_hyspark.planning.remembered import file_digest
 
 ROOT = Path(__file__).parents[2]
 MODULES = ("study", "study_file", "records", "commands", "preparation", "scores")
@@ -59,7 +62,6 @@ def test_a_pretraining_that_was_redone_is_another_one(script, study, tmp_path):
     [
         ({"finetuning": {"epochs": 3}}, 'finetuning was {"epochs": 2}, is {"epochs": 3}'),
         ({"architecture": {"base_width": 8}}, "architecture was"),
-        ({"arms": {}}, "arm scratch was"),
         ({"arms": {"scratch": {"trainer": "B"}}}, 'arm scratch was {"trainer": "Scratch"}, is {"trainer": "B"}'),
         ({"pretraining": {"short": {"epochs": 2}}}, "pretraining short was"),
         ({"pretraining_trainers": {"short": "Other"}}, "pretraining_trainers short was null"),
@@ -81,6 +83,41 @@ def test_a_study_may_grow(script, study, tmp_path):
     arms = {**study.arms, "scratch": {"trainer": "Scratch", "baselines": ["new"]}, "new": {"trainer": "Scratch"}}
     grown = replace(study, arms=arms, seeds=[0, 1], folds=[0, 1], table="Text", pretraining={"long": {}})
     assert records.Results(tmp_path / "small.json", grown).has("scratch", 0, 0)
+
+
+def test_what_others_have_added_meanwhile_stays(script, study, tmp_path):
+    """A process that began before an arm was added stores a piece after one that knows the arm."""
+    records = script("records")
+    old = records.Results(tmp_path / "small.json", study)
+    grown = replace(study, arms={**study.arms, "new": {"trainer": "Scratch"}})
+    records.Results(tmp_path / "small.json", grown).add_piece({**PIECE, "arm": "new"})
+    old.add_piece(PIECE)
+    again = records.Results(tmp_path / "small.json", grown)
+    assert again.has("new", 0, 0) and again.has("scratch", 0, 0)
+
+
+def test_a_study_that_differs_is_refused_before_anything_is_finished(script, study, tmp_path):
+    records = script("records")
+    records.Results(tmp_path / "small.json", study)
+    with pytest.raises(ValueError, match="finetuning was"):
+        records.Results(tmp_path / "small.json", replace(study, finetuning={"epochs": 99}))
+
+
+def test_pieces_of_other_splits_are_not_mixed(script, study, tmp_path):
+    results = script("records").Results(tmp_path / "small.json", study)
+    results.expect_splits("a")
+    results.expect_splits("b")
+    results.add_piece(PIECE)
+    results.expect_splits("b")
+    with pytest.raises(ValueError, match=r"other splits than splits_final\.json has now"):
+        results.expect_splits("a")
+
+
+def test_commits_of_all_goes_are_noted(script, tmp_path):
+    commits_of = script("records").commits_of
+    for now in ("a", "b+", "a"):
+        commits_of(tmp_path / "commits_0.json", now)
+    assert commits_of(tmp_path / "commits_0.json") == ["a", "b+"]
 
 
 def test_a_folder_of_another_training_is_not_gone_on_with(script, tmp_path):
@@ -105,10 +142,11 @@ def test_who_does_not_wait_is_told_that_another_process_works_on_it(script, tmp_
     )
     try:
         assert process.stdout.readline() == "held\n"
-        with exclusive(tmp_path / "lock", wait=False) as is_ours:
-            assert not is_ours
+        begin = time.monotonic()
+        with exclusive(tmp_path / "lock", until=begin + 1) as is_ours:
+            assert not is_ours and 1 <= time.monotonic() - begin < 5
         process.communicate("")
-        with exclusive(tmp_path / "lock", wait=False) as is_ours:
+        with exclusive(tmp_path / "lock", until=0.0) as is_ours:
             assert is_ours
     finally:
         process.kill()
@@ -183,7 +221,13 @@ def test_two_processes_share_a_study(study, tmp_path, monkeypatch):
         folder = folders["nnUNet_preprocessed"] / f"Dataset{number:03d}_A"
         folder.mkdir()
         (folder / f"{study.plans}.json").write_text("{}")
-        request = {"plan": study.plan, "architecture": study.architecture, "plan_edit": study.plan_edit}
+        raw = folders["nnUNet_raw"] / folder.name
+        raw.mkdir()
+        (raw / "dataset.json").write_text("{}")
+        request = {
+            "plan": study.plan, "architecture": study.architecture, "plan_edit": study.plan_edit,
+            "dataset.json": file_digest(raw / "dataset.json"),
+        }
         (folder / f"{study.plans}.study").write_text(json.dumps({"request": request, "is_complete": True}))
         (folder / "splits_final.json").write_text(json.dumps([{"train": ["a", "b"], "val": ["c"]}]))
     fake = tmp_path / "bin" / "nnUNetv2_train"
@@ -207,10 +251,21 @@ def test_two_processes_share_a_study(study, tmp_path, monkeypatch):
     assert pieces == [
         ("finetuned", 0, 2, "short"), ("finetuned", 1, 2, "short"), ("scratch", 0, 2, None), ("scratch", 1, 2, None)
     ]
-    monkeypatch.setattr(sys, "argv", ["study.py", str(file), "--work", str(tmp_path / "work")])
-    file.write_text(json.dumps({**study.__dict__, "folds": [0, 1], "arms": {**study.arms}}))
-    again = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / "study.py"), str(file), "--work", str(tmp_path / "work")],
-        capture_output=True, text=True,
-    )
-    assert again.returncode == 1 and "has fold(s) 1" in again.stderr and "Traceback" not in again.stderr
+    assert all(piece["commits"] for piece in results["pieces"])
+
+    def refusal(**changes) -> str:
+        file.write_text(json.dumps({**study.__dict__, "seeds": [0, 1, 2], **changes}))
+        again = subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / "study.py"), str(file), "--work", str(tmp_path / "work"),
+             "--arms", "finetuned"], capture_output=True, text=True,
+        )
+        assert again.returncode == 1 and "Traceback" not in again.stderr
+        return again.stderr
+
+    assert "has fold(s) 1" in refusal(folds=[0, 1])
+    assert 'name was "small", is "other"' in refusal(name="other")
+    plans = folders["nnUNet_preprocessed"] / "Dataset001_A" / f"{study.plans}.json"
+    plans.write_text('{"changed": true}')
+    assert "holds what was begun otherwise (plans was" in refusal()
+    (folders["nnUNet_raw"] / "Dataset001_A" / "dataset.json").write_text('{"other": "cases"}')
+    assert "was made for another study (dataset.json was" in refusal()

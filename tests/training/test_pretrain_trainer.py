@@ -21,6 +21,7 @@ from nnunetv2_hyspark.sparse import backends
 from nnunetv2_hyspark.sparse.convolution import submanifold_conv3d
 from nnunetv2_hyspark.training import diagnosis
 from nnunetv2_hyspark.training.checkpoints import BEST, FINAL, LATEST, checkpoints_in, kept_name, progress_of
+from nnunetv2_hyspark.training.epoch import EpochSoFar
 from nnunetv2_hyspark.training.reconstruction import reconstruct
 from nnunetv2_hyspark.training.whole_image import load_pretrained_model
 from nnunetv2_hyspark.transfer.reading import read_checkpoint
@@ -360,18 +361,29 @@ def test_weights_that_are_not_finite_overwrite_nothing(make_trainer):
     assert (trainer.folder / FINAL).read_bytes() == before
 
 
+def test_the_time_of_an_epoch_that_goes_on_is_all_of_it(make_trainer, capsys):
+    trainer = make_trainer("epochs=1")
+    trainer.so_far = EpochSoFar(step=1, losses=[1.0], gradient_norms=[1.0], crops=2, own_crops=2, seconds=5000.0)
+    trainer.run_training()
+    assert "Epoch time: 50" in capsys.readouterr().out
+
+
 def test_a_batch_that_was_fitted_for_other_settings_is_said(make_trainer, small_dataset, capsys):
     path = small_dataset / "nnUNetPlans.json"
     plans = json.loads(path.read_text())
     plans["configurations"]["3d_fullres"]["hyspark"] = {
-        "pretraining": {"batch_size": 2}, "memory": {"pretraining": {"decoder": "reconstruction", "mask_ratio": 0.75}}
+        "pretraining": {"batch_size": 2}, "memory": {"pretraining": {"decoder": "reconstruction", "bottom_up": True}}
     }
     path.write_text(json.dumps(plans))
     said = (
         "WARNING: the plan's batch of 2 crops fits its memory target with decoder=reconstruction; this run has "
-        "decoder=segmentation and may need more; plan again with nnUNet_hyspark=decoder=segmentation, or set a "
-        "batch_size."
+        "decoder=segmentation and may need more, or leave some; plan again with nnUNet_hyspark=decoder=segmentation, "
+        "or set a batch_size."
     )
+    spelled = said.replace("decoder=segmentation", "decoder=segmentation,bottom_up=false")
+    spelled = spelled.replace("decoder=reconstruction", "decoder=reconstruction,bottom_up=true")
+    make_trainer("decoder=segmentation,bottom_up=false")
+    assert spelled in capsys.readouterr().out
     for setting, expected in (("decoder=segmentation", 1), ("", 0), ("decoder=segmentation,batch_size=4", 0)):
         make_trainer(setting)
         assert capsys.readouterr().out.count(said) == expected, setting

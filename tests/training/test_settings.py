@@ -63,7 +63,7 @@ def test_settings_for_which_the_batch_was_not_fitted_are_found(variable, expecte
     assert not resolve_settings(plan, "3d_fullres", "finetuning", other_stage).unplanned
 
 
-@pytest.mark.parametrize("memory", [None, "8 GB", {}, {"target_gb": 8.0}])
+@pytest.mark.parametrize("memory", [None, "8 GB", {}, {"target_gb": 8.0}, {"pretraining": None}])
 def test_plans_that_do_not_tell_are_taken_as_they_are(memory) -> None:
     plan = {"hyspark": {"pretraining": {"batch_size": 7}, "memory": memory}}
     assert not resolve_settings(plan, "3d_fullres", "pretraining", {"nnUNet_hyspark": "mask_ratio=0.5"}).unplanned

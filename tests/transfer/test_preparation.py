@@ -36,6 +36,8 @@ def description(**changes):
         ({}, {"intensities": {**BODY, "std": 350.0}}, []),
         ({"intensities": ORGANS}, {"intensities": {**ORGANS, "mean": 40.0}}, ["channel 0: CT intensities were"]),
         ({"schemes": ("ZScoreNormalization",)}, {"schemes": ("ZScoreNormalization",), "intensities": ORGANS}, []),
+        ({}, {"schemes": ("CTNormalization",) * 2, "intensities": ORGANS}, []),
+        ({}, {"schemes": ("CTNormalization", "ZScoreNormalization")}, ["by CTNormalization, ZScore"]),
     ],
 )
 def test_what_differs_is_said(before, now, expected):
@@ -50,6 +52,7 @@ def test_what_differs_is_said(before, now, expected):
     [
         {}, {"configuration": None}, {"configuration": {"spacing": [0.0, 1.0, 1.0]}},
         {"configuration": {"spacing": "1 mm", "normalization_schemes": None}},
+        {"configuration": {"normalization_schemes": 3}},
         {"configuration": {"spacing": [1.0, 1.0], "normalization_schemes": ["CTNormalization"]}},
         {"configuration": {"normalization_schemes": ["CTNormalization"]},
          "foreground_intensity_properties_per_channel": {"0": {"mean": None}}},

@@ -51,7 +51,7 @@ def run(
             process.terminate()
             process.wait()
             return False
-        except BaseException:  # Ctrl-C and SIGTERM end both
+        except BaseException:  # a signal that ends the study ends its command
             process.terminate()
             process.wait()
             raise

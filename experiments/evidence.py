@@ -46,16 +46,21 @@ SMOOTHING = 5
 """Epochs that learning curves are averaged over before they are compared."""
 
 
-def mean_dice(piece: dict[str, Any]) -> dict[str, float]:
-    """Per case, the mean over structures that the reference has, percent; cases without any are left out.
+def is_scored(case: dict[str, Any], label: str) -> bool:
+    """Whether a case's Dice of a structure counts: not where reference and prediction both lack it (NaN or None).
 
-    A structure that neither the reference nor the prediction has is NaN or None. One that the prediction alone has
-    would count 0 for one arm and not at all for another, so it is left out where the number of ``voxels`` is known.
+    A structure that the prediction alone has would count 0 for one arm and not at all for another, so it does not count
+    where the number of ``voxels`` is known.
     """
+    dice = case["dice"].get(label)
+    return dice is not None and bool(np.isfinite(dice)) and case.get("voxels", {}).get(label) != 0
+
+
+def mean_dice(piece: dict[str, Any]) -> dict[str, float]:
+    """Per case, the mean over structures that count, percent; cases without any are left out."""
     means = {}
     for name, case in piece["cases"].items():
-        voxels = case.get("voxels", {})
-        dice = [d for label, d in case["dice"].items() if d is not None and np.isfinite(d) and voxels.get(label) != 0]
+        dice = [value for label, value in case["dice"].items() if is_scored(case, label)]
         if dice:
             means[name] = 100 * float(np.mean(dice))
     return means
@@ -71,9 +76,7 @@ def by_structure(pieces: list[dict[str, Any]]) -> str:
     shown = []
     for label in labels_of(pieces):
         dice = [
-            case["dice"][label] for piece in pieces for case in piece["cases"].values()
-            if case["dice"].get(label) is not None and np.isfinite(case["dice"][label])
-            and case.get("voxels", {}).get(label) != 0
+            case["dice"][label] for piece in pieces for case in piece["cases"].values() if is_scored(case, label)
         ]
         shown.append(f"{100 * np.mean(dice):.1f}" if dice else "-")
     return ", ".join(shown)
@@ -86,10 +89,10 @@ def distances(pieces: list[dict[str, Any]]) -> str:
         values = []
         for piece in pieces:
             for case in piece["cases"].values():
-                value, dice = case["hd95"].get(label), case["dice"].get(label)
+                value = case["hd95"].get(label)
                 if value is not None:
                     values.append(value)
-                elif dice is not None and np.isfinite(dice) and case.get("voxels", {}).get(label) != 0:
+                elif is_scored(case, label):
                     values.append(math.inf)
         missed += sum(map(math.isinf, values))
         median = float(np.median(values)) if values else math.nan

@@ -158,12 +158,15 @@ def main() -> None:
     parser.add_argument("--modality", help="CT, MR, ..., PET,CT; default: CT, or for --dataset its channels' names")
     parser.add_argument("--labels", nargs="+", help="for --source: names of labels 1, 2, ...")
     arguments = parser.parse_args()
-    if arguments.source:
-        if not (arguments.name and arguments.labels):
-            parser.error("--source needs --name and --labels.")
-        source = read_folder(arguments.source, arguments.name, arguments.modality or "CT", arguments.labels)
-    else:
-        source = read_nnunet(arguments.dataset, arguments.splits, arguments.modality or "")
+    if arguments.source and not (arguments.name and arguments.labels):
+        parser.error("--source needs --name and --labels.")
+    try:
+        if arguments.source:
+            source = read_folder(arguments.source, arguments.name, arguments.modality or "CT", arguments.labels)
+        else:
+            source = read_nnunet(arguments.dataset, arguments.splits, arguments.modality or "")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
     raw, preprocessed = Path(os.environ["nnUNet_raw"]), Path(os.environ["nnUNet_preprocessed"])
     labelled = f"Dataset{arguments.labelled:03d}_{source.name}"
 

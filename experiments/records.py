@@ -17,6 +17,8 @@ from typing import Any
 
 from study_file import Study
 
+from nnunetv2_hyspark.data.writing import whole_file
+
 MAY_GROW = (
     "table", "structures", "folds", "seeds", "arms", "pretraining", "other_plans", "pretraining_trainers",
     "pretraining_plans",
@@ -44,9 +46,8 @@ def exclusive(file: Path, until: float = math.inf) -> Iterator[bool]:
 def write(file: Path, content: Any) -> None:
     """Writes JSON: all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(file)
+    with whole_file(file) as stream:
+        json.dump(content, stream, indent=1)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -48,7 +48,8 @@ class Runner:
     ):
         self.study, self.work, self.arms, self.folds, self.seeds = study, work, arms, folds, seeds
         self.until = time.monotonic() + 60 * minutes
-        claim(work / "study.json", {"name": study.name}, is_begun=True)
+        with exclusive(work / ".lock"):
+            claim(work / "study.json", {"name": study.name}, is_begun=True)
         self.commit = commit()
         self.results = Results(results / f"{study.name}.json", study)
 
@@ -188,7 +189,10 @@ def main() -> None:
     parser.add_argument("--folds", nargs="+", type=int, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: all")
     arguments = parser.parse_args()
-    study = Study.read(arguments.study)
+    try:
+        study = Study.read(arguments.study)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
     arms = arguments.arms or list(study.arms)
     if unknown := [arm for arm in arms if arm not in study.arms]:
         parser.error(f"--arms names {', '.join(unknown)}; the study has {', '.join(study.arms)}.")
@@ -201,7 +205,7 @@ def main() -> None:
     results = (arguments.results or work / "results").resolve()
     try:
         finished = Runner(study, work, results, arguments.minutes, arms, **numbers).run()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(str(error))
     print(f"{study.name}: " + ("finished" if finished else "to be gone on with, by the same command"))
 

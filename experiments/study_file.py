@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,5 +55,22 @@ class Study:
 
     @classmethod
     def read(cls, file: Path) -> Study:
-        """From JSON."""
-        return cls(**json.loads(file.read_text(encoding="utf-8")))
+        """From JSON.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no JSON, or has other keys than a study.
+        """
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is no JSON ({error}); correct it there.") from None
+        known = {item.name: item for item in fields(cls)}
+        needed = {name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
+        unknown, missing = sorted(set(found) - set(known)), sorted(needed - set(found))
+        if unknown or missing:
+            raise ValueError(
+                f"{file} lacks the key(s) {', '.join(missing) or 'none'} and has the unknown key(s) "
+                f"{', '.join(unknown) or 'none'}; expected those of experiments/README.md."
+            )
+        return cls(**found)

@@ -36,6 +36,19 @@ def study(script):
     )
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "is no JSON"),
+        ('{"name": "a", "arm": {}}', r"lacks the key.s. architecture, arms, .* has the unknown key.s. arm;"),
+    ],
+)
+def test_a_study_s_file_that_is_wrong_is_answered_in_a_sentence(script, tmp_path, text, message):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        script("study_file").Study.read(tmp_path / "study.json")
+
+
 PIECE = {"arm": "scratch", "fold": 0, "seed": 0, "labelled_cases": 3, "cases": {}, "curve": [], "seconds": 1.0}
 
 

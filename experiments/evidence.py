@@ -364,12 +364,13 @@ def cost_section(benchmarks: list[dict[str, Any]]) -> list[str]:
     ]
     for benchmark in steps:
         request, step, memory = benchmark["request"], benchmark["step"], benchmark["memory_gb"]
+        settings = request.get("settings") or {}
+        kind = settings.get("decoder", "reconstruction") if request["step"] == "default" else request["step"]
         name = {
-            "default": "the default, 256 wide", "official": "768 wide, as the release's",
+            "reconstruction": f"the paper's, {settings.get('decoder_width') or 256} wide",
+            "official": "the paper's, 768 wide, as the release's",
             "segmentation": "the segmentation network's",
-        }[request["step"]]
-        if width := request["step"] == "default" and request.get("settings", {}).get("decoder_width"):
-            name = f"{width} wide"
+        }[kind]
         differences = [max(values.values()) for values in benchmark["relative_differences"].values()]
         lines.append(
             f"| {name} | {'x'.join(map(str, request['size']))} | {step['blocks']['median_s']:.2f} | "

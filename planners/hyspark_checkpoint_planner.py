@@ -47,6 +47,10 @@ class HySparKCheckpointPlanner(HySparKPlanner):
         ValueError: if the checkpoint does not say what is asked of it, or does not suit the target.
     """
 
+    pretraining_defaults = {"decoder": "reconstruction"}
+    """Nothing is planned for pre-training: its settings in the variable are those of another command, and with this
+    decoder all of them are possible."""
+
     def __init__(
         self,
         dataset_name_or_id: str | int,

@@ -18,16 +18,18 @@ from .hyspark_planner import HySparKPlanner
 SPACING_MM = 1.5
 PATCH_SIZE = (96, 96, 96)
 PRETRAINING_BATCH = 8
-MASK_RATIO = 0.75
 
 
 class HySparKPaperPlanner(HySparKPlanner):
     """Plans ``nnUNetHySparKPaperPlans`` for CT: 1.5 mm, [-175, 250] HU to [0, 1], 96 x 96 x 96 crops, batch 8, 75 %.
 
-    The network is the paper's: widths 32, 64, 128, 256, 384; blocks 1, 1, 3, 3, 1; expansion 2, 4, 4, 4, 2; a ViT of
-    depth 3 with 12 heads. Where the memory target does not hold 8 crops, pre-training computes them in parts
-    (``accumulate``), which gives the same gradients. The batch of fine-tuning is what fits, from 2 to 8.
+    The network is the paper's: widths 32, 64, 128, 256, 384; blocks 1, 1, 3, 3, 1; expansion 2, 4, 4, 4, 2; a ViT
+    of depth 3 with 12 heads. The paper's decoder reconstructs, as wide as this library makes it. Where the memory
+    target does not hold 8 crops, pre-training computes them in parts (``accumulate``), which gives the same
+    gradients. The batch of fine-tuning is what fits, from 2 to 8.
     """
+
+    pretraining_defaults = {"mask_ratio": 0.75, "decoder": "reconstruction"}
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class HySparKPaperPlanner(HySparKPlanner):
         return next(parts for parts in (1, 2, 4, 8) if PRETRAINING_BATCH // parts <= max(fitting, 1))
 
     def hyspark_block(self, model: MemoryModel, fit: Fit) -> dict[str, Any]:
-        """Batch size, parts and mask ratio."""
+        """Settings, batch size and parts."""
         block = super().hyspark_block(model, fit)
-        block["pretraining"].update({"mask_ratio": MASK_RATIO, "accumulate": self._parts(model)})
+        block["pretraining"]["accumulate"] = self._parts(model)
         return block

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ class HySparKPlanner(ExperimentPlanner):
     patch is the largest with which both pre-training and fine-tuning fit ``gpu_memory_target_in_gb``; their batch sizes
     follow, fine-tuning's as the configuration's ``batch_size``, pre-training's in its ``"hyspark"`` block. Settings of
     the architecture and of pre-training in the variable ``nnUNet_hyspark`` are respected.
+
+    Attributes:
+        pretraining_defaults: settings of pre-training that hold unless ``nnUNet_hyspark`` says otherwise.
     """
+
+    pretraining_defaults: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -47,7 +52,8 @@ class HySparKPlanner(ExperimentPlanner):
             dataset_name_or_id, gpu_memory_target_in_gb, preprocessor_name, plans_name, overwrite_target_spacing,
             suppress_transpose,
         )
-        settings = resolve_settings({}, plans_name, "pretraining")
+        defaults = {"hyspark": {"pretraining": self.pretraining_defaults}}
+        settings = resolve_settings(defaults, plans_name, "pretraining")
         self.architecture = settings.architecture
         self.pretraining = settings.pretraining
         self.memory_models: dict[str, MemoryModel] = {}
@@ -76,7 +82,7 @@ class HySparKPlanner(ExperimentPlanner):
     def hyspark_block(self, model: MemoryModel, fit: Fit) -> dict[str, Any]:
         """The configuration's ``"hyspark"`` block: settings, and what the memory model says: GB, and for which."""
         return {
-            "pretraining": {"batch_size": fit.pretraining_batch},
+            "pretraining": {**self.pretraining_defaults, "batch_size": fit.pretraining_batch},
             "memory": {
                 "target_gb": float(self.UNet_vram_target_GB),
                 "pretraining_gb": round(fit.pretraining_gb, 2),

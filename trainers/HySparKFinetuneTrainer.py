@@ -27,7 +27,7 @@ from nnunetv2_hyspark.transfer.loading import load_pretrained_encoder
 
 
 class HySparKFinetuneTrainer(HySparKTrainer):
-    """Fine-tunes a pre-trained encoder: ``-pretrained_weights .../checkpoint_final.pth``, or the checkpoint that the
+    """Fine-tunes a pre-trained network: ``-pretrained_weights .../checkpoint_final.pth``, or the checkpoint that the
     plans remember (``hyspark plan-finetune``).
 
     AdamW with warm-up; nnU-Net's loss, deep supervision, augmentation, validation and prediction.
@@ -68,8 +68,8 @@ class HySparKFinetuneTrainer(HySparKTrainer):
         )
 
     def load_pretrained(self, filename: str) -> None:
-        """Loads the encoder of a checkpoint and reports what was loaded, adapted, left fresh and skipped: in the log,
-        and as ``load_report.json`` beside it."""
+        """Loads the encoder of a checkpoint, and its decoder where that was trained, and reports what was loaded,
+        adapted, left fresh and skipped: in the log, and as ``load_report.json`` beside it."""
         options = self.settings.finetuning
         report = load_pretrained_encoder(
             unwrap(self.network), filename, options.allow_partial, options.adapt_channels,

@@ -137,8 +137,8 @@ class HySparKPretrainTrainer(ResumableTrainer):
         self.hand_over_loader(self.model)
 
     def load_pretrained(self, filename: str) -> None:
-        """Goes on from another pre-training, or from an imported file: loads its encoder, and its reconstruction
-        decoder where that fits; the report goes into the log and into ``load_report.json``."""
+        """Goes on from another pre-training, or from an imported file: loads its encoder, and its decoder
+        where that is of the same kind and fits; the report goes into the log and into ``load_report.json``."""
         report = load_pretraining(self.model, filename, functools.partial(write_refusal, self))
         self.write_load_report(report)
 
@@ -152,7 +152,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
 
     @staticmethod
     def complete_settings(settings: Settings, arch_kwargs: Mapping[str, Any]) -> Settings:
-        """The settings with the reconstruction decoder's width as a number."""
+        """The settings with the width of the paper's decoder, where that reconstructs, as a number."""
         return replace(settings, pretraining=with_decoder_width(settings.pretraining, arch_kwargs))
 
     @staticmethod
@@ -163,7 +163,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The encoder of the plan's network with a reconstruction decoder."""
+        """The encoder of the plan's network with a decoder that reconstructs."""
         options = HySparKConfig(**configuration_manager.configuration["hyspark"]["pretraining"])
         return build_hyspark(num_input_channels, configuration_manager.network_arch_init_kwargs, options)
 
@@ -367,8 +367,8 @@ class HySparKPretrainTrainer(ResumableTrainer):
 
     def checkpoint_weights(self) -> dict[str, torch.Tensor]:
         """The pre-training network's weights, and a segmentation decoder under ``decoder.``, so that nnU-Net's own
-        ``-pretrained_weights``, which wants every key of a network, accepts the file. That decoder is freshly
-        initialised, or the trained one with fresh segmentation layers where ``decoder`` says so."""
+        ``-pretrained_weights``, which wants every key of a network, accepts the file. That decoder is the
+        one that reconstructed, with fresh segmentation layers; where the paper's reconstructed, it is fresh."""
         weights = dict(super().checkpoint_weights())
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, for good

@@ -21,6 +21,7 @@ from .reference import dense_channels_last, dense_then_mask, official_like
 
 STEPS: dict[str, dict[str, Any]] = {
     "default": {},
+    "reconstruction": {"decoder": "reconstruction"},
     "official": {
         "decoder": "reconstruction", "decoder_width": 768, "fuse_finest": False, "decoder_norm": "batch",
         "skips": "concatenate",

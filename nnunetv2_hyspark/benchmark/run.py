@@ -41,7 +41,7 @@ from .tables import convolutions_table, loading_table, ratios_table, summary, sw
 from .timing import Timings, ceilings, interleave
 
 OFFICIAL_STEP = "official release"
-"""Row of the official release's own step, ``official-like`` with its decoder, beside the default's."""
+"""Row of the official release's own step, ``official-like`` with its decoder, beside ours."""
 
 
 def check_agreement(request: Request) -> dict[str, dict[str, float]]:
@@ -187,12 +187,14 @@ def encoder(request: Request, backward: bool, top: Mapping[str, float]) -> dict[
 
 
 def training_step(request: Request, top: Mapping[str, float]) -> dict[str, Any]:
-    """The variants' whole steps, and for the default one what it replaces: the official release's, with the decoder
-    that it has. Operations and bytes are counted as they run without ``torch.compile``."""
+    """The variants' whole steps, and what ours replaces: the official release's, with the decoder that it has.
+
+    Operations and bytes are counted as they run without ``torch.compile``.
+    """
     forget_compiled()
     steps = {variant: (request, variant) for variant in variants(request)}
     official = (replace(request, step="official"), "official-like")
-    if request.step == "default" and _fits(official):
+    if request.step != "official" and _fits(official):
         steps[OFFICIAL_STEP] = official
     runs = {name: make_step(*step) for name, step in steps.items()}
     timings = interleave(runs, request.repeats, request.budget, torch.device(request.device))

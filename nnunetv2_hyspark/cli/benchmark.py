@@ -24,9 +24,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
                         help="measure the network, patch size, batch size, channels and settings of this plans file: "
                         "ours, or any of nnU-Net's that HySparKPretrainTrainer takes (default: the paper's network)")
     parser.add_argument("--configuration", metavar="NAME", help="of the plans (default: 3d_fullres)")
-    parser.add_argument("--step", choices=("default", "official", "segmentation"), default="default",
-                        help="decoder of the step: default, as the settings or the plan say; official, as in the "
-                        "official release (width 768); segmentation, the segmentation network's own")
+    parser.add_argument("--step", choices=("default", "segmentation", "reconstruction", "official"), default="default",
+                        help="decoder of the step: default, as the settings or the plan say; segmentation, the "
+                        "segmentation network's own; reconstruction, the paper's; official, as in the official "
+                        "release (width 768)")
     parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"),
                         help="crop, voxels (default: 96 96 96, or the plan's patch size)")
     parser.add_argument("--batch", type=int, help="crops per step (default: 1, or the plan's batch size)")
@@ -95,7 +96,9 @@ def run(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     torch.backends.cudnn.benchmark = device == "cuda"  # as nnU-Net trains
     planned = read_plan(options.plans, options.configuration or "3d_fullres") if options.plans else None
-    settings = resolve_settings({}, "of the paper's network", "pretraining")
+    named = {"decoder": "segmentation" if options.step == "segmentation" else "reconstruction"}
+    block = {} if options.step == "default" and not planned else {"hyspark": {"pretraining": named}}
+    settings = resolve_settings(block, "of the paper's network", "pretraining")
     of_settings = {
         "batch": settings.pretraining.batch_size or 1,
         "mask_ratio": settings.pretraining.mask_ratio,

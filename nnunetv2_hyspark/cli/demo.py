@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
         CONFIGURATION,
     )
     nnunet(
-        step(5, "Fine-tune the pre-trained encoder"),
+        step(5, "Fine-tune the pre-trained network"),
         "nnUNetv2_train",
         labelled,
         CONFIGURATION,

@@ -11,8 +11,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "export",
         help="write a checkpoint in the official layout",
         description="Writes a checkpoint as a state dict of the official HySparK release. An imported file comes back "
-        "exactly; a checkpoint of our own needs the official decoder (fuse_finest=false,decoder_norm=batch), or "
-        "--encoder-only.",
+        "exactly; a checkpoint of our own needs the official decoder "
+        "(decoder=reconstruction,fuse_finest=false,decoder_norm=batch), or --encoder-only.",
     )
     parser.add_argument("checkpoint", help="a checkpoint of ours")
     parser.add_argument("-o", "--output", required=True, help="official file to write")

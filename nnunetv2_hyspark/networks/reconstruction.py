@@ -1,4 +1,5 @@
-"""From sparse multi-scale features to a reconstructed image (HySparK, section 2.2, equations 3 and 4)."""
+"""From sparse multi-scale features to a reconstructed image (HySparK, section 2.2, equations 3 and 4), by the
+paper's decoder or by the segmentation network's."""
 
 from __future__ import annotations
 

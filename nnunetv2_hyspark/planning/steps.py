@@ -28,7 +28,7 @@ def trace_pretraining(
     Args:
         input_channels: of the images.
         arch_kwargs: of :class:`nnunetv2_hyspark.networks.segmentation.HySparKUNet`.
-        config: mask ratio, and the decoder's width, fusion and norm.
+        config: mask ratio, and which decoder, with its settings.
         patch_size: voxels, whole junction cells.
         crops: of a batch.
         mixed: precision as the trainers use it on CUDA, not float32.

@@ -25,7 +25,10 @@ def default_decoder_width(features_per_stage: Sequence[int]) -> int:
 
 
 def with_decoder_width(config: HySparKConfig, arch_kwargs: Mapping[str, Any]) -> HySparKConfig:
-    """The settings with the decoder's width as a number, so that a checkpoint tells it whatever the default becomes."""
+    """The settings with the reconstruction decoder's width, where that reconstructs, as a number, so that a checkpoint
+    tells it whatever the default becomes."""
+    if config.decoder != "reconstruction":
+        return config
     width = config.decoder_width or default_decoder_width(arch_kwargs["features_per_stage"])
     return replace(config, decoder_width=width)
 

@@ -22,7 +22,7 @@ TARGETS = ("cell", "intensity")
 
 @dataclass(frozen=True)
 class HySparKConfig:
-    """Hyperparameters of HySparK pre-training. Defaults are the paper's where it gives one."""
+    """Hyperparameters of HySparK pre-training. Defaults are the paper's where it gives one, but for ``decoder``."""
 
     mask_ratio: float = field(
         default=0.75, metadata={"range": (0.0, 1.0), "open": True, "help": "fraction of junction cells that are hidden"}
@@ -58,10 +58,11 @@ class HySparKConfig:
                   "in the paper)"},
     )
     decoder: str = field(
-        default="reconstruction",
-        metadata={"choices": ("reconstruction", "segmentation"), "help": "who reconstructs: the paper's decoder, which "
-                  "is dropped afterwards; or the segmentation network's own, which fine-tuning takes over and "
-                  "which has no fuse_finest, skips and decoder_norm, and its own width (not in the paper)"},
+        default="segmentation",
+        metadata={"choices": ("segmentation", "reconstruction"), "help": "who reconstructs: segmentation: the "
+                  "segmentation network's own decoder, which fine-tuning takes over (not in the paper); "
+                  "reconstruction: the paper's, which is dropped afterwards and which alone has the settings "
+                  "decoder_width, fuse_finest, skips and decoder_norm"},
     )
     decoder_width: int = field(
         default=0,
@@ -258,7 +259,7 @@ class HySparK(nn.Module):
 
     Args:
         encoder: hybrid encoder; runs on visible blocks only.
-        reconstruction: decoder with mask tokens and projections.
+        reconstruction: decoder with mask tokens.
         layout: how masked input is computed: :class:`BlockLayout`, or :class:`DenseMaskLayout` for reference; called
             with the mask and ``hidden_neighbours``.
         hidden_neighbours: what convolutions take for hidden voxels, ``"zero"`` or ``"nearest"``.

@@ -16,9 +16,8 @@ from .finetuning import FinetuningConfig
 
 Stage = Literal["pretraining", "finetuning"]
 
-_OF_THE_PAPER_S_DECODER = ("fuse_finest", "skips", "decoder_norm")
-"""Keys of the pre-training that the segmentation network's decoder has no use for. ``decoder_width`` is another one,
-but runs store it as a number whoever decodes."""
+_OF_THE_PAPER_S_DECODER = ("decoder_width", "fuse_finest", "skips", "decoder_norm")
+"""Keys of the pre-training that the segmentation network's decoder has no use for."""
 
 _NOT_SETTINGS = ("memory", "checkpoint")
 """Keys of a configuration's ``"hyspark"`` block in which planners leave word."""
@@ -103,10 +102,11 @@ def _check_decoder(options: HySparKConfig) -> None:
     default = HySparKConfig()
     idle = [key for key in _OF_THE_PAPER_S_DECODER if getattr(options, key) != getattr(default, key)]
     if idle:
-        said = ", ".join(f"{key}={getattr(options, key)}" for key in idle)
+        said = ", ".join(f"{key}={str(getattr(options, key)).lower()}" for key in idle)
         raise ValueError(
-            f"{said} is set together with decoder=segmentation, the segmentation network's own decoder, which has no "
-            f"such setting; leave {'it' if len(idle) == 1 else 'them'} out, or set decoder=reconstruction."
+            f"{said} belong{'s' if len(idle) == 1 else ''} to the paper's decoder, but decoder is segmentation, as by "
+            f"default: the segmentation network's own, which has no such setting; set decoder=reconstruction too, or "
+            f"leave {'it' if len(idle) == 1 else 'them'} out."
         )
 
 

@@ -100,7 +100,7 @@ def _rebuild(
         for field in fields(HySparKConfig)
         if field.name in stored
     }
-    options = HySparKConfig(**values)
+    options = HySparKConfig(**{"decoder": "reconstruction", **values})  # the decoder of files that name none
     channels = determine_num_input_channels(plans, configuration, arguments["dataset_json"])
     kwargs = configuration.network_arch_init_kwargs
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("decoder.")}

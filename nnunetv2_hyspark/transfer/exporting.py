@@ -22,8 +22,9 @@ def export_official(filename: str | os.PathLike[str], encoder_only: bool = False
     """A state dict under official names.
 
     An imported file comes back exactly as it was, names in their order included. A checkpoint of our own pre-training
-    becomes a training file if its decoder is the official variant (``fuse_finest=false,decoder_norm=batch``); the parts
-    that the official release declares but never uses are then zeros.
+    becomes a training file if its decoder is the official variant
+    (``decoder=reconstruction,fuse_finest=false,decoder_norm=batch``); the parts that the official release declares but
+    never uses are then zeros.
 
     Args:
         filename: checkpoint of ours.

@@ -52,7 +52,10 @@ def imported_settings(architecture: OfficialArchitecture) -> dict[str, Any]:
         "mlp_ratio": kwargs["mlp_ratio"],
     }
     if architecture.decoder_width:
-        settings |= {"decoder_width": architecture.decoder_width, "fuse_finest": False, "decoder_norm": "batch"}
+        settings |= {
+            "decoder": "reconstruction", "decoder_width": architecture.decoder_width, "fuse_finest": False,
+            "decoder_norm": "batch",
+        }
     return settings
 
 
@@ -62,7 +65,7 @@ def import_official(
     """Reads an official encoder file, training file or segmentation network; nothing in it is executed.
 
     The result holds the encoder, the reconstruction decoder if the file has one, and a fresh segmentation decoder, as
-    our own pre-training checkpoints do. What has no counterpart is carried along for the way back.
+    our own checkpoints of ``decoder=reconstruction`` do. What has no counterpart is carried along for the way back.
 
     Args:
         filename: the official file; prefixes ``module.`` and wrappers as ``{"module": ...}`` are understood.
@@ -104,7 +107,7 @@ def import_official(
     report.notes.append(f"strides from {architecture.strides_from}")
     fresh = fresh_segmentation_decoder(architecture)
     report.entries += [
-        Entry(name, "fresh", None, tuple(t.shape), "untrained, as in every pre-training checkpoint")
+        Entry(name, "fresh", None, tuple(t.shape), "untrained; stands there for nnU-Net's own loader")
         for name, t in fresh.items()
     ]
     checkpoint = {

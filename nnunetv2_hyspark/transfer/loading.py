@@ -37,8 +37,8 @@ def load_pretrained_encoder(
     """Reads a checkpoint file and loads its encoder; see :func:`load_encoder`.
 
     The segmentation decoder, its last layers aside, is loaded too where the file holds a trained one, unless
-    ``with_decoder`` is false: a checkpoint of fine-tuning, of nnU-Net's own trainer, or of pre-training with
-    ``decoder=segmentation``.
+    ``with_decoder`` is false: a checkpoint of fine-tuning, of nnU-Net's own trainer, or of pre-training,
+    unless with ``decoder=reconstruction``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -279,7 +279,7 @@ class _Plan:
             return "segmentation layer"
         if f"reconstruction.{name}" in self.fitted:
             return "stands under reconstruction too"
-        return "untrained in a pre-training checkpoint, or not asked for"
+        return "untrained, since the paper's decoder reconstructed, or not asked for"
 
 
 class _DoesNotFit(ValueError):

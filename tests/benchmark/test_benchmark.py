@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ CEILINGS = {"peak_gflops": 100.0, "copy_gbs": 10.0}
 TINY = Request(size=(32, 32, 32), base_width=8, batch=2, repeats=2)
 
 
-@pytest.mark.parametrize("step", ["default", "official", "segmentation"])
+@pytest.mark.parametrize("step", ["default", "segmentation", "reconstruction", "official"])
 def test_variants_agree_in_loss_and_gradients(step):
     request = Request(size=(32, 32, 16), base_width=8, step=step)
     differences = check_agreement(request)
@@ -51,7 +52,7 @@ def test_a_variant_that_disagrees_ends_the_benchmark(monkeypatch):
 
     monkeypatch.setitem(VARIANTS, "dense", wrong)
     with pytest.raises(RuntimeError, match="disagree with the block path in their loss by {'dense'"):
-        check_agreement(Request(size=(32, 32, 32), base_width=8))
+        check_agreement(Request(size=(32, 32, 32), base_width=8, step="reconstruction"))
 
 
 def test_a_small_error_shows_in_the_reconstruction_before_it_shows_in_the_loss(monkeypatch):
@@ -125,16 +126,24 @@ def test_command_writes_json_and_answers_mistakes(tmp_path, capsys):
 
 
 def test_settings_of_the_variable_are_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("nnUNet_hyspark", "decoder_width=96,mask_ratio=0.5")
+    monkeypatch.setenv("nnUNet_hyspark", "decoder=reconstruction,decoder_width=96,mask_ratio=0.5")
     monkeypatch.setattr("nnunetv2_hyspark.benchmark.run.ceilings", lambda *_: CEILINGS)
     file = tmp_path / "figures.json"
     options = ["--size", "32", "32", "32", "--base-width", "8", "--device", "cpu", "--repeats", "1"]
     assert main(["benchmark", "--what", "step", *options, "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     assert figures["request"]["mask_ratio"] == 0.5 and figures["request"]["settings"]["decoder_width"] == 96
-    assert figures["command"].startswith("nnUNet_hyspark=decoder_width=96,mask_ratio=0.5 hyspark")
-    wide = Request(size=(32, 32, 32), base_width=8, settings=HySparKConfig(decoder_width=96))
-    assert parameters(build(wide, "blocks")[0]) > parameters(build(TINY, "blocks")[0])
+    assert figures["command"].startswith(
+        "nnUNet_hyspark=decoder=reconstruction,decoder_width=96,mask_ratio=0.5 hyspark"
+    )
+    wide = Request(size=(32, 32, 32), base_width=8, settings=HySparKConfig(decoder="reconstruction", decoder_width=96))
+    narrow = replace(TINY, step="reconstruction")
+    assert parameters(build(wide, "blocks")[0]) > parameters(build(narrow, "blocks")[0])
+    monkeypatch.setenv("nnUNet_hyspark", "decoder_width=96")
+    assert main(["benchmark", "--what", "step", *options]) == 2
+    assert "set decoder=reconstruction too" in capsys.readouterr().err
+    assert main(["benchmark", "--what", "step", "--step", "reconstruction", *options, "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["request"]["settings"]["decoder_width"] == 96
     monkeypatch.setenv("nnUNet_hyspark", "decoder_widht=96")
     assert main(["benchmark", "--what", "step", *options]) == 2
     assert "decoder_widht" in capsys.readouterr().err

@@ -59,7 +59,9 @@ def request_of(file: Path, name: str = "3d_fullres", **changes) -> Request:
 
 def test_the_plan_s_decoder(tmp_path):
     """The step by default has the plan's, also in the references; the official one has its own."""
-    file = write_plans(tmp_path, True, {"pretraining": {"decoder": "segmentation"}})
+    file = write_plans(tmp_path, True, {"pretraining": {"decoder": "reconstruction", "skips": "none"}})
+    assert build(request_of(file, batch=1), "blocks")[0].reconstruction.n_fused == 1
+    file = write_plans(tmp_path, True)
     request = request_of(file, batch=1)
     assert isinstance(build(request, "blocks")[0].reconstruction, TransferableDecoder)
     assert set(check_agreement(request)["loss"]) == {*VARIANTS, "torch"}
@@ -80,7 +82,10 @@ def test_the_plan_gives_network_size_batch_and_channels(tmp_path, monkeypatch, o
 
 
 def test_settings_of_pretraining_count(tmp_path):
-    block = {"pretraining": {"mask_ratio": 0.5, "batch_size": 2, "decoder_width": 64, "hidden_neighbours": FILLING}}
+    block = {"pretraining": {
+        "mask_ratio": 0.5, "batch_size": 2, "decoder": "reconstruction", "decoder_width": 64,
+        "hidden_neighbours": FILLING,
+    }}
     request = request_of(write_plans(tmp_path, True, block))
     assert (request.batch, request.mask_ratio, request.pretraining.decoder_width) == (2, 0.5, 64)
     assert request_of(write_plans(tmp_path, True, block), step="official").pretraining.decoder_width == 768

@@ -16,11 +16,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunetv2_hyspark.configuration import Source, resolve
-from nnunetv2_hyspark.networks.topology import ArchitectureConfig
 from nnunetv2_hyspark.planning.remembered import file_digest
-from nnunetv2_hyspark.pretext.hyspark import HySparKConfig
-from nnunetv2_hyspark.training.finetuning import FinetuningConfig
+from nnunetv2_hyspark.training.settings import resolve_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,9 +95,8 @@ def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, f
     sections = [("pretraining", settings) for settings in study.pretraining.values()]
     sections += [("finetuning", {**study.finetuning, **arm.get("settings", {})}) for arm in study.arms.values()]
     for stage, settings in sections:
-        defaults = {"pretraining": HySparKConfig(), "finetuning": FinetuningConfig()}
-        resolve(defaults, stage, (), [Source(file.name, {stage: settings})])
-    resolve({"architecture": ArchitectureConfig()}, "architecture", (), [Source(file.name, study.architecture)])
+        resolve_settings({"hyspark": {stage: settings, "architecture": study.architecture}}, file.name, stage, {})
+    assert all("decoder" in settings for settings in study.pretraining.values()), "whatever the default becomes"
     assert {arm["weights"] for arm in study.arms.values() if "weights" in arm} <= set(study.pretraining)
     assert {name for arm in study.arms.values() for name in arm.get("baselines", [])} <= set(study.arms)
     assert {arm["plans"] for arm in study.arms.values() if "plans" in arm} <= set(study.other_plans)

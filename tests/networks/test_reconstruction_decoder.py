@@ -1,4 +1,4 @@
-"""The pre-training decoder against equations 3 and 4 written out."""
+"""The paper's decoder against equations 3 and 4 written out."""
 import pytest
 import torch
 from torch import nn

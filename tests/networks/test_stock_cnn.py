@@ -57,12 +57,13 @@ def test_everything_visible_equals_dense_and_masked_voxels_change_nothing(kind):
         assert torch.equal(clean, other)
 
 
+@pytest.mark.parametrize("decoder", ["segmentation", "reconstruction"])
 @pytest.mark.parametrize("kind", ["residual", "plain"])
-def test_pre_trains_and_segments(kind):
+def test_pre_trains_and_segments(kind, decoder):
     config = ArchitectureConfig(cnn=kind, base_width=4, head_width=4, transformer_depth=1)
     kwargs = derive_arch_kwargs(STRIDES, KERNELS, config)
     assert kwargs["cnn"] == kind
-    model = build_hyspark(2, kwargs, HySparKConfig()).double()
+    model = build_hyspark(2, kwargs, HySparKConfig(decoder=decoder)).double()
     image, visible = draw()
     loss = reconstruction_loss(image, model(image, visible), visible)
     for name, gradient in zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))):

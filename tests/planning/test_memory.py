@@ -16,8 +16,9 @@ from .conftest import small_arch_kwargs
 PATCH = (32, 32, 32)
 
 
-def test_counted_bytes_of_pretraining_are_those_of_a_real_step():
-    config = HySparKConfig()
+@pytest.mark.parametrize("decoder", ["segmentation", "reconstruction"])
+def test_counted_bytes_of_pretraining_are_those_of_a_real_step(decoder):
+    config = HySparKConfig(decoder=decoder)
     network = build_hyspark(1, small_arch_kwargs(), config)
     image = torch.randn(2, 1, *PATCH)
     visible = network.draw_mask(2, PATCH, config.mask_ratio, torch.Generator().manual_seed(0))
@@ -53,8 +54,9 @@ def test_mixed_precision_needs_less(patch):
     assert 0.4 * exact < mixed < 0.95 * exact
 
 
-def test_memory_grows_linearly_with_voxels():
-    model = MemoryModel(1, 3, small_arch_kwargs(), HySparKConfig())
+@pytest.mark.parametrize("decoder", ["segmentation", "reconstruction"])
+def test_memory_grows_linearly_with_voxels(decoder):
+    model = MemoryModel(1, 3, small_arch_kwargs(), HySparKConfig(decoder=decoder))
     for patch, crops in (((64, 64, 96), 2), ((128, 128, 128), 5)):
         for line, trace in (
             (model.pretraining, model.trace_pretraining), (model.finetuning, model.trace_finetuning)

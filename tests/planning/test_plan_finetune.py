@@ -51,6 +51,13 @@ def test_the_plan_matches_the_checkpoint(make_dataset, make_checkpoint, folders,
     assert not [e for e in report.entries if e.name.startswith("encoder.") and e.action != "loaded"]
 
 
+def test_settings_of_the_pretraining_before_it_are_no_matter(make_dataset, make_checkpoint, monkeypatch):
+    """The variable may still be set as a pre-training by a plan with the paper's decoder took it."""
+    make_dataset(*CT)
+    monkeypatch.setenv("nnUNet_hyspark", "decoder_norm=batch")
+    assert plan("-d", 10, "--from", make_checkpoint()) == 0
+
+
 @pytest.mark.parametrize("cnn", ["residual", "plain"])
 def test_checkpoints_with_nnunets_own_encoders(make_dataset, make_checkpoint, folders, capsys, cnn):
     dataset, checkpoint = make_dataset(*CT), make_checkpoint(cnn=cnn, channels=2)

@@ -103,7 +103,10 @@ def test_the_papers_plan(make_dataset):
     assert kwargs["features_per_stage"] == [32, 64, 128, 256, 384]
     assert kwargs["n_blocks_per_stage"] == [1, 1, 3, 3, 1] and kwargs["expansion_per_stage"] == [2, 4, 4, 4, 2]
     assert (kwargs["transformer_depth"], kwargs["transformer_heads"]) == (3, 12)
-    assert plan["hyspark"]["pretraining"] == {"batch_size": 8, "mask_ratio": 0.75, "accumulate": 1}
+    assert plan["hyspark"]["pretraining"] == {
+        "batch_size": 8, "mask_ratio": 0.75, "accumulate": 1, "decoder": "reconstruction",
+    }
+    assert plan["hyspark"]["memory"]["pretraining"]["decoder"] == "reconstruction"
     assert plan["batch_size"] == 8
     less = small["configurations"]["3d_fullres"]["hyspark"]
     assert less["pretraining"]["batch_size"] == 8 and less["pretraining"]["accumulate"] > 1

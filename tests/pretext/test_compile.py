@@ -11,12 +11,12 @@ from nnunetv2_hyspark.pretext.build import build_hyspark
 from nnunetv2_hyspark.pretext.hyspark import HySparK, HySparKConfig, reconstruction_loss
 
 
-def make_model(cnn: str, hidden_neighbours: str) -> HySparK:
+def make_model(cnn: str, hidden_neighbours: str, decoder: str) -> HySparK:
     """A small network with 4x4x4 junction cells."""
     torch.manual_seed(0)
     config = ArchitectureConfig(cnn=cnn, base_width=4, head_width=4, transformer_depth=1)
     kwargs = derive_arch_kwargs([(1, 1, 1), (2, 2, 2), (2, 2, 2)], [(3, 3, 3)] * 3, config)
-    return build_hyspark(1, kwargs, HySparKConfig(hidden_neighbours=hidden_neighbours))
+    return build_hyspark(1, kwargs, HySparKConfig(hidden_neighbours=hidden_neighbours, decoder=decoder))
 
 
 @pytest.mark.slow
@@ -24,13 +24,19 @@ def make_model(cnn: str, hidden_neighbours: str) -> HySparK:
     "precision", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "autocast"]
 )
 @pytest.mark.parametrize(
-    ("cnn", "hidden_neighbours"), [("mednext", "zero"), ("mednext", "nearest"), ("residual", "zero")]
+    ("cnn", "hidden_neighbours", "decoder"),
+    [
+        ("mednext", "zero", "segmentation"), ("mednext", "zero", "reconstruction"),
+        ("mednext", "nearest", "segmentation"), ("residual", "zero", "reconstruction"),
+    ],
 )
-def test_compiled_equals_eager_with_one_graph_break(cnn: str, hidden_neighbours: str, precision: torch.dtype):
+def test_compiled_equals_eager_with_one_graph_break(
+    cnn: str, hidden_neighbours: str, decoder: str, precision: torch.dtype
+):
     mixed = precision == torch.bfloat16
     torch._dynamo.reset()
     counters.clear()
-    model = make_model(cnn, hidden_neighbours)
+    model = make_model(cnn, hidden_neighbours, decoder)
     if not mixed:
         model = model.to(precision)
     # float32 takes other kernels where it is not compiled; ReLU inputs near zero may flip between them

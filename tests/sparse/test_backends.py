@@ -153,7 +153,7 @@ def test_a_whole_step_is_the_same(backend, compiled):
         "n_blocks_per_stage": [1, 1, 1], "expansion_per_stage": [2, 2, 2], "transformer_depth": 1,
         "transformer_heads": 2,
     }  # fmt: skip
-    model = build_hyspark(1, kwargs, HySparKConfig(decoder_width=8)).to(DEVICE)
+    model = build_hyspark(1, kwargs, HySparKConfig(decoder="reconstruction", decoder_width=8)).to(DEVICE)
     image = torch.randn(2, 1, 8, 8, 12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     visible = model.draw_mask(2, image.shape[2:], 0.6, torch.Generator().manual_seed(2)).to(DEVICE)
     found = []

@@ -151,7 +151,8 @@ def test_damage_behind_the_checksums(tmp_path, make_network, make_checkpoint):
 def pretraining(architecture) -> dict:
     """A checkpoint with the entries of HySparKPretrainTrainer that other commands read."""
     torch.manual_seed(0)
-    kwargs, settings = architecture(), {"mask_ratio": 0.75, "decoder_width": 16, "flip_axes": [0, 1, 2]}
+    kwargs = architecture()
+    settings = {"mask_ratio": 0.75, "decoder": "reconstruction", "decoder_width": 16, "flip_axes": [0, 1, 2]}
     stated = {"network_class_name": NETWORK_CLASS, "arch_kwargs": kwargs, "_kw_requires_import": []}
     excerpt = {
         "patch_size": [16, 16, 16], "spacing": [1.0, 1.0, 1.0], "normalization_schemes": ["ZScoreNormalization"],
@@ -167,7 +168,7 @@ def pretraining(architecture) -> dict:
         "foreground_intensity_properties_per_channel": {"0": {}},
     }
     dataset = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
-    weights = build_hyspark(1, kwargs, HySparKConfig(decoder_width=16)).state_dict()
+    weights = build_hyspark(1, kwargs, HySparKConfig(decoder="reconstruction", decoder_width=16)).state_dict()
     return {
         "network_weights": dict(weights),
         "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": dataset},

@@ -171,7 +171,7 @@ def test_own_model_to_official(golden, architecture, tmp_path):
     ids=str,
 )
 def test_decoder_that_official_cannot_express(tmp_path, architecture, changes):
-    options = {"fuse_finest": False, "decoder_norm": "batch", **changes}
+    options = {"decoder": "reconstruction", "fuse_finest": False, "decoder_norm": "batch", **changes}
     model = build_hyspark(1, architecture(), HySparKConfig(**options))
     torch.save({"network_weights": model.state_dict()}, tmp_path / "own.pth")
     with pytest.raises(ValueError, match="fuse_finest=false,decoder_norm=batch,skips=concatenate, or export the enc"):
@@ -214,7 +214,7 @@ def test_strides(golden, tmp_path):
 def test_projection_that_official_leaves_out(golden, tmp_path):
     """Where the junction is as wide as the decoder, official has no projection there; ours is then the identity."""
     path = tmp_path / "official.pth"
-    config = HySparKConfig(decoder_width=48, fuse_finest=False, decoder_norm="batch")
+    config = HySparKConfig(decoder="reconstruction", decoder_width=48, fuse_finest=False, decoder_norm="batch")
     kwargs = import_of(golden, tmp_path)
     model = build_hyspark(1, kwargs, config)
     weights = {**model.state_dict()}

@@ -38,8 +38,9 @@ common seeds stand behind p, since the column of Dice is over all. Level: the fi
 validation patches, averaged over seeds and over the last {smoothing} epochs, is what the baseline's is at its end;
 "itself" is when the baseline gets there, since its last epochs are noisy too. Linear probe: Dice of a linear classifier
 on the frozen encoder's features, all scales together, fitted on half of `2 * probe_cases` labelled crops of
-`probe_dataset` and tested on the other half, while pre-training goes on; the first one is after one epoch. Minutes of
-pre-training: one value per pre-training that an arm's trainings started from.
+`probe_dataset` and tested on the other half, while pre-training goes on; the first one is after one epoch. Minutes:
+median over seeds, on machines that did other work beside it; of pre-training one value per pre-training that an arm's
+trainings started from.
 """
 BASELINE = "scratch"
 SMOOTHING = 5
@@ -242,6 +243,21 @@ def with_its_study(results: dict[str, Any], ours: bool) -> dict[str, Any]:
     return {**results, "study": {**stored, **texts, "arms": arms}}
 
 
+def extent(study: dict[str, Any], groups: dict[tuple[str, int], list[dict[str, Any]]]) -> list[str]:
+    """How many of the trainings that a study's command asks for the tables hold, and what was not run at all."""
+    asked = len(study["arms"]) * len(study["folds"]) * len(study["seeds"])
+    found = sum(map(len, groups.values()))
+    if not asked or found == asked:
+        return []
+    run = {arm for arm, _ in groups}
+    missing = ", ".join(f"`{arm}`" for arm in study["arms"] if arm not in run)
+    none = f" None of {missing}." if missing else ""
+    return [
+        f"{found} of the {asked} trainings that the command asks for were run, chosen with `--arms`, `--folds` and "
+        f"`--seeds`.{none}", "",
+    ]
+
+
 def section(results: dict[str, Any], docs: Path) -> list[str]:
     """A study's table, costs and plot."""
     study, machine = results["study"], results["machine"]
@@ -252,13 +268,15 @@ def section(results: dict[str, Any], docs: Path) -> list[str]:
     sizes = {fold: pieces[0]["labelled_cases"] for (_, fold), pieces in groups.items()}
     folds = {fold: sizes[fold] for fold in sorted(sizes, key=lambda fold: (sizes[fold], fold))}
     seconds = sum(p["seconds"] for p in results["pieces"]) + sum(p["seconds"] for p in results["pretraining"].values())
+    of_kind = f" ({machine['processor']})" if "processor" in machine else ""
     lines = [
         f"## {study['name']}", "", study["table"], "",
         f"    python experiments/study.py experiments/studies/{study['name']}.json --work FOLDER", "",
-        f"{machine['processors']} processors, {study['device']}; torch {machine['torch']}, nnunetv2 "
+        f"{machine['processors']} processors{of_kind}, {study['device']}; torch {machine['torch']}, nnunetv2 "
         f"{machine['nnunetv2']}, nnunetv2-hyspark {machine['nnunetv2-hyspark']}, Python {machine['python']}; "
         f"{seconds / 3600:.1f} hours in all.", "",
     ]
+    lines += extent(study, groups)
     if study.get("structures"):
         lines += [f"Structures, in this order: {', '.join(study['structures'])}.", ""]
     finished = results["pretraining"]
@@ -286,7 +304,7 @@ def section(results: dict[str, Any], docs: Path) -> list[str]:
                 for name in options.get("baselines", [BASELINE])
                 if name != arm
             ]
-            minutes = float(np.mean([p["seconds"] for p in pieces])) / 60
+            minutes = float(np.median([p["seconds"] for p in pieces])) / 60
             differences = "<br>".join(filter(None, against))
             used = sorted({piece.get("pretraining", options.get("weights")) for piece in pieces} - {None})
             seeds = ", ".join(str(seed) for seed in sorted(p["seed"] for p in pieces))

@@ -17,6 +17,7 @@ from typing import Any
 
 from study_file import Study
 
+from nnunetv2_hyspark.benchmark.run import processor_name
 from nnunetv2_hyspark.data.writing import whole_file
 
 MAY_GROW = (
@@ -128,7 +129,8 @@ class Results:
             yield results
             results["study"] = study
             results["machine"] = {
-                "processors": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(),
+                "processors": os.cpu_count(), "processor": processor_name(), "machine": platform.machine(),
+                "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "nnunetv2", "nnunetv2-hyspark")},
             }
             write(self.file, results)

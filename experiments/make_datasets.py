@@ -72,6 +72,7 @@ def check_splits(splits: dict[str, Any], file: Path | None) -> None:
 
 def read_folder(folder: Path, name: str, modality: str, labels: list[str]) -> Source:
     """A folder as described above; raises ValueError for splits that share cases."""
+    folder = folder.absolute()
     splits = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
     check_splits(splits, folder / "splits.json")
     cases = {*splits["pretrain"], *splits["train_labelled"], *splits["val"]}

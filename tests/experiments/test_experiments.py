@@ -306,6 +306,17 @@ def test_splits_that_leak_are_refused(script, tmp_path, changed, message):
         read_folder(tmp_path, "Name", "CT", ["organ"])
 
 
+def test_a_folder_may_be_named_from_where_one_stands(script, tmp_path, monkeypatch):
+    (tmp_path / "scans").mkdir()
+    splits = {"pretrain": ["p"], "train_labelled": ["a"], "val": ["v"]}
+    (tmp_path / "scans" / "splits.json").write_text(json.dumps(splits))
+    monkeypatch.chdir(tmp_path)
+    source = script("make_datasets").read_folder(Path("scans"), "Name", "CT", ["organ"])
+    monkeypatch.chdir("/")
+    assert source.images["p"] == [str(tmp_path / "scans" / "images" / "p.nii.gz")]
+    assert source.labels["v"] == str(tmp_path / "scans" / "labels" / "v.nii.gz"), "nnU-Net reads it from elsewhere"
+
+
 def test_splits_are_drawn_where_none_are_given(script):
     cases = [f"case_{number:02d}" for number in range(50)]
     splits = script("make_datasets").draw_splits(cases)

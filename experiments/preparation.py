@@ -123,11 +123,12 @@ def _plan_further(study: Study, name: str, folders: dict[int, Path], logs: Path)
     if plan.get("of") == "pile":
         number, other = other, number
     file = folders[number] / f"{name}.json"
+    architecture = {**study.architecture, **plan.get("architecture", {})}
 
     def make() -> None:
         commands.run(
             logs / f"plan_{name}.txt", "nnUNetv2_plan_experiment", "-d", str(number), *plan["arguments"],
-            "-overwrite_plans_name", name, settings=study.architecture,
+            "-overwrite_plans_name", name, settings=architecture,
         )
         edit_plans(file, plan["edit"])
         if plan.get("like_the_other"):
@@ -137,7 +138,7 @@ def _plan_further(study: Study, name: str, folders: dict[int, Path], logs: Path)
                 "-c", "3d_fullres",
             )
 
-    request = {**plan, "architecture": study.architecture, "dataset.json": data_digest(number)}
+    request = {**plan, "architecture": architecture, "dataset.json": data_digest(number)}
     if plan.get("like_the_other"):
         request["the other's plans"] = file_digest(folders[other] / f"{study.plans}.json")
     make_plans(file, request, make)

@@ -25,9 +25,10 @@ class Study:
         folds, seeds: which subsets, and how often.
         device: ``cpu`` or ``cuda``.
         other_plans: further plans: per name ``arguments`` of ``nnUNetv2_plan_experiment``, ``edit``, values that
-            replace those of configuration 3d_fullres, and where they apply ``of``: ``pile``, for plans of that data set
-            instead of the labelled one, and ``like_the_other``: true, for images normalised by the other data set's
-            intensities; for the labelled one ``hyspark plan-finetune`` plans so.
+            replace those of configuration 3d_fullres, and where they apply ``architecture``, settings of the network
+            that are added to the study's, ``of``: ``pile``, for plans of that data set instead of the labelled one, and
+            ``like_the_other``: true, for images normalised by the other data set's intensities; for the labelled one
+            ``hyspark plan-finetune`` plans so.
         structures: names of labels 1, 2, ..., for the tables.
         pretraining_trainers: trainers of those pre-trainings that are not HySparKPretrainTrainer's.
         pretraining_plans: names of ``other_plans``, of those pre-trainings that do not use ``plans``.

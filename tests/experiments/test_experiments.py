@@ -96,6 +96,9 @@ def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, f
     sections += [("finetuning", {**study.finetuning, **arm.get("settings", {})}) for arm in study.arms.values()]
     for stage, settings in sections:
         resolve_settings({"hyspark": {stage: settings, "architecture": study.architecture}}, file.name, stage, {})
+    for plan in study.other_plans.values():
+        architecture = {**study.architecture, **plan.get("architecture", {})}
+        resolve_settings({"hyspark": {"architecture": architecture}}, file.name, "pretraining", {})
     assert all("decoder" in settings for settings in study.pretraining.values()), "whatever the default becomes"
     assert {arm["weights"] for arm in study.arms.values() if "weights" in arm} <= set(study.pretraining)
     assert {name for arm in study.arms.values() for name in arm.get("baselines", [])} <= set(study.arms)
@@ -135,7 +138,8 @@ def test_ending_a_study_ends_its_training(tmp_path):
         for name in ("nnUNetHySparKPlans", *study["other_plans"]):
             (folder / f"{name}.json").write_text("{}")
             plan = study["other_plans"].get(name) or {key: study.get(key, {}) for key in ("plan", "plan_edit")}
-            request = {**plan, "architecture": study["architecture"], "dataset.json": file_digest(raw / "dataset.json")}
+            architecture = {**study["architecture"], **plan.get("architecture", {})}
+            request = {**plan, "architecture": architecture, "dataset.json": file_digest(raw / "dataset.json")}
             (folder / f"{name}.study").write_text(json.dumps({"request": request, "is_complete": True}))
         (folder / "splits_final.json").write_text(json.dumps([{"train": [], "val": []}] * 5))
     fake = tmp_path / "bin" / "nnUNetv2_train"

@@ -199,6 +199,44 @@ def test_images_can_be_normalised_like_the_other_data_set_s(script, tmp_path):
     assert changed["configurations"]["3d_fullres"]["data_identifier"] == "A_3d_fullres"
 
 
+def test_further_plans_may_have_another_network(script, tmp_path, monkeypatch):
+    """Their settings are added to the study's, and are part of what the plans are remembered by."""
+    preparation, runs = script("preparation"), []
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        for number in (1, 2):
+            folder = tmp_path / name / f"Dataset{number:03d}_A"
+            folder.mkdir(parents=True)
+            (folder / "dataset.json").write_text("{}")
+            (folder / "splits_final.json").write_text("[{}]")
+
+    def plan(log, *command, settings, until=0.0):
+        name = command[command.index("-overwrite_plans_name") + 1]
+        runs.append((name, command[2], settings))
+        content = {"configurations": {"3d_fullres": {"architecture": {"arch_kwargs": {}}}}}
+        (tmp_path / "nnUNet_preprocessed" / f"Dataset00{command[2]}_A" / f"{name}.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(preparation.commands, "run", plan)
+    residual = {"arguments": [], "architecture": {"cnn": "residual"}, "edit": {"patch_size": [4, 4, 4]}}
+    study = script("study_file").Study(
+        name="small", pile=1, labelled=2, plan=[], architecture={"base_width": 8}, pretraining={}, finetuning={},
+        arms={}, folds=[0], seeds=[0], plans="Plans",
+        other_plans={
+            "Residual": residual, "ResidualPile": {**residual, "of": "pile"}, "Other": {**residual, "architecture": {}},
+        },
+    )
+    for _ in range(2):
+        preparation.prepare(study, tmp_path / "logs")
+    both = {"base_width": 8, "cnn": "residual"}
+    assert runs == [
+        ("Plans", "1", {"base_width": 8}), ("Plans", "2", {"base_width": 8}),
+        ("Residual", "2", both), ("ResidualPile", "1", both), ("Other", "2", {"base_width": 8}),
+    ]
+    study.other_plans["Residual"]["architecture"] = {"cnn": "mednext"}
+    with pytest.raises(ValueError, match="was made for another study"):
+        preparation.prepare(study, tmp_path / "logs")
+
+
 FAKE = """#!{python}
 import json, os, sys, time
 from pathlib import Path

@@ -306,7 +306,7 @@ class HySparK(nn.Module):
     def lay_out(self, visible: torch.Tensor) -> SparseLayout:
         """The layout of a mask ``(B, g0, g1, g2)``, with whatever depends on the mask alone made."""
         layout = self.layout(visible, self.hidden_neighbours)
-        layout.prepare(self.kernels)
+        layout.prepare(self.kernels, densified=isinstance(self.reconstruction, ReconstructionDecoder))
         if isinstance(layout, BlockLayout):
             for table in layout.of_varying_length():
                 # or a compiler takes the first mask's lengths for constants and compiles twice

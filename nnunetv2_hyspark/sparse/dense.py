@@ -35,8 +35,8 @@ class DenseMaskLayout:
         self.grid: Size3 = as_size3(visible.shape[1:])
         self._masks: dict[Size3, torch.Tensor] = {}
 
-    def prepare(self, kernels: Iterable[tuple[Size3, Size3]]) -> None:
-        """Makes the masks of these scales."""
+    def prepare(self, kernels: Iterable[tuple[Size3, Size3]], densified: bool = True) -> None:
+        """Makes the masks of these scales, ``densified`` or not."""
         for block, _ in kernels:
             self.mask(multiply(self.grid, block))
 

@@ -21,8 +21,9 @@ class SparseLayout(Protocol):
 
     visible: torch.Tensor
 
-    def prepare(self, kernels: Iterable[tuple[Size3, Size3]]) -> None:
-        """Makes whatever depends on the mask alone, for sparse maps with cells of these shapes and these kernels."""
+    def prepare(self, kernels: Iterable[tuple[Size3, Size3]], densified: bool = True) -> None:
+        """Makes whatever depends on the mask alone, for sparse maps with cells of these shapes and these kernels, and
+        for :meth:`densified_conv3d` if that will be asked for."""
 
     def gather(self, dense: torch.Tensor) -> torch.Tensor:
         """Turns a dense map ``(B, C, D, H, W)`` into this layout's sparse map."""
@@ -118,8 +119,9 @@ class BlockLayout:
                 yield inside
                 yield places
 
-    def prepare(self, kernels: Iterable[tuple[Size3, Size3]]) -> None:
-        """Makes the index tables for blocks of these shapes and kernels of these sizes.
+    def prepare(self, kernels: Iterable[tuple[Size3, Size3]], densified: bool = True) -> None:
+        """Makes the index tables for blocks of these shapes and kernels of these sizes, and those of
+        :meth:`densified_conv3d` if it is ``densified``.
 
         Tables are also made when they are first asked for; but their sizes depend on the mask, which a compiled
         network cannot trace, so they are best made before it runs.
@@ -130,8 +132,10 @@ class BlockLayout:
                 table = self.halo(block, reach)
                 if self.convolve is not submanifold_conv3d:
                     table.neighbours  # noqa: B018, made here for the same reason
-            self.rims(reach)
-        self.rims((0, 0, 0))
+            if densified:
+                self.rims(reach)
+        if densified:
+            self.rims((0, 0, 0))
 
     def gather(self, dense: torch.Tensor) -> torch.Tensor:
         """See :class:`SparseLayout`. The blocks are in channels-last memory."""

@@ -5,6 +5,7 @@ import torch
 from nnunetv2_hyspark.masking import upsample_mask
 from nnunetv2_hyspark.pretext.hyspark import reconstruction_loss
 from nnunetv2_hyspark.sparse import BlockLayout, DenseMaskLayout
+from nnunetv2_hyspark.sparse import layout as layout_module
 
 TOPOLOGIES = ["isotropic", "anisotropic"]
 MASKINGS = {
@@ -39,6 +40,23 @@ def before_norm(name: str, model) -> bool:
         return False
     following = modules.get(f"{parent}.{int(index) + 1}")
     return isinstance(following, (torch.nn.InstanceNorm3d, torch.nn.BatchNorm3d))
+
+
+@pytest.mark.parametrize("decoder", ["segmentation", "reconstruction"])
+def test_rims_are_made_for_the_decoder_that_reads_them(make_model, batch, monkeypatch, decoder):
+    """On a GPU each waits for the device."""
+    made = []
+    original = layout_module.rims
+    monkeypatch.setattr(layout_module, "rims", lambda *inputs: made.append(inputs[2]) or original(*inputs))
+    model = make_model("isotropic", 1, decoder=decoder)
+    image, visible = batch(model)
+    model(image, visible)
+    assert bool(made) == (decoder == "reconstruction")
+    before = len(made)
+    layout = model.lay_out(visible)
+    prepared = len(made) - before
+    model.reconstruction(model.encode(image, layout), layout)
+    assert len(made) - before == prepared, "all of them before the network runs"
 
 
 @pytest.mark.parametrize("filler", ["noise", 1e30, float("inf"), float("nan")])

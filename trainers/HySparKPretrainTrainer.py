@@ -49,6 +49,7 @@ class HySparKPretrainTrainer(ResumableTrainer):
     """Pre-trains on the images of a preprocessed data set; its labels are never looked at."""
 
     stage = "pretraining"
+    beside_the_network = ("decoder.",)
 
     def __init__(
         self,

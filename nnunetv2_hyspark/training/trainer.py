@@ -29,7 +29,7 @@ from ..transfer.loading import hidden_differences
 from ..transfer.preparation import differences_in_preparation
 from ..transfer.reading import read_checkpoint
 from ..transfer.rebuilding import reason_of
-from ..transfer.report import LoadReport
+from ..transfer.report import LoadReport, summarise
 from ..user_errors import is_user_error, show_user_errors_as_sentences
 from .checkpoints import (
     FINAL,
@@ -70,9 +70,13 @@ class HySparKTrainer(nnUNetTrainer):
     128 + signal. A run that starts anew in a folder with checkpoints moves these aside; one that goes on (``--c``)
     goes on from the checkpoint that got furthest, and from the next one if that is damaged. One that was stopped before
     its first checkpoint begins again, from the same pre-trained weights if it had any.
+
+    Attributes:
+        beside_the_network: prefixes of what checkpoints hold beside the network's own weights.
     """
 
     stage: ClassVar[Stage]
+    beside_the_network: ClassVar[tuple[str, ...]] = ()
     dataset_class: Any
     is_ddp: bool
     network: Any
@@ -523,14 +527,18 @@ class HySparKTrainer(nnUNetTrainer):
         """Takes over weights, log, optimizer and random state; raises anything if the checkpoint makes no sense."""
         network = unwrap(self.network)
         expected = network.state_dict()
-        weights = {name: tensor for name, tensor in checkpoint["network_weights"].items() if name in expected}
+        stored = checkpoint["network_weights"]
+        weights = {name: tensor for name, tensor in stored.items() if name in expected}
         wrong = [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]
-        problems = [f"{wrong[0]} and {len(wrong) - 1} more differ"] if wrong else []
+        surplus = [n for n in stored if n not in expected and not n.startswith(self.beside_the_network)]
+        problems = [f"it lacks or has in another shape {summarise(wrong, 2)}"] if wrong else []
+        problems += [f"this run's has no {summarise(surplus, 2)}"] if surplus else []
         problems += [text for _, text in hidden_differences(network, description_of(checkpoint))]
         if problems:
             raise ValueError(
-                f"the checkpoint to continue from has another network ({'; '.join(problems)}); continue with the "
-                f"settings and plans of that run, or start a new one without --c."
+                f"the checkpoint to continue from has another network ("
+                f"{'; '.join([*problems, *self._changed_settings(checkpoint)])}); continue with the settings and plans "
+                f"of that run, or start a new one without --c."
             )
         network.load_state_dict(weights)
         self.my_init_kwargs = {**self.my_init_kwargs, "fold": checkpoint["init_args"]["fold"]}
@@ -564,15 +572,21 @@ class HySparKTrainer(nnUNetTrainer):
         for group, values in zip(self.optimizer.param_groups, own):
             group.update(values)
 
-    def _say_what_changed(self, checkpoint: dict[str, Any]) -> None:
-        before = checkpoint.get("hyspark", {}).get("settings", {})
+    def _changed_settings(self, checkpoint: dict[str, Any]) -> list[str]:
+        settings = as_mapping(description_of(checkpoint).get("settings"))
+        before = {section: dict(as_mapping(values)) for section, values in settings.items()}
+        if "pretraining" in before:
+            before["pretraining"].setdefault("decoder", "reconstruction")  # the decoder of files that name none
         now = json.loads(json.dumps(self.settings.as_dict(self.stage)))
-        changes = [
+        return [
             f"{section}.{key} was {before[section][key]}, is {value}"
             for section, values in now.items()
             for key, value in values.items()
             if key in before.get(section, {}) and before[section][key] != value
         ]
+
+    def _say_what_changed(self, checkpoint: dict[str, Any]) -> None:
+        changes = self._changed_settings(checkpoint)
         if changes and self.continue_training:
             self.print_to_log_file(
                 f"WARNING: this run goes on with other settings than it had: {'; '.join(changes)}. If that is not "

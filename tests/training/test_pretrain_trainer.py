@@ -100,6 +100,43 @@ def test_changed_settings_are_said_when_a_run_goes_on(make_trainer):
     assert "pretraining.mask_ratio was 0.75, is 0.5" in Path(changed.log_file).read_text()
 
 
+PAPER_S = "decoder=reconstruction"
+
+
+@pytest.mark.parametrize("before, now, named", [
+    (PAPER_S, "", "pretraining.decoder was reconstruction, is segmentation"),
+    ("", PAPER_S, "pretraining.decoder was segmentation, is reconstruction"),
+    (PAPER_S, f"{PAPER_S},skips=none", "pretraining.skips was concatenate, is none"),
+    (PAPER_S, f"{PAPER_S},fuse_finest=false", "pretraining.fuse_finest was True, is False"),
+])
+def test_a_run_does_not_go_on_with_another_decoder(make_trainer, before, now, named):
+    """Also where this run's network has nothing that the checkpoint lacks; the setting is named, not just a tensor."""
+    first = make_trainer(before)
+    stop_after(first, 2)
+    with pytest.raises(SystemExit):
+        first.run_training()
+    files = {path: path.read_bytes() for path in first.folder.glob("*.pth")}
+    with pytest.raises(ValueError, match=f"has another network .*{named}") as error:
+        make_trainer(now, continue_training=True)
+    assert "reconstruction." in str(error.value)
+    assert {path: path.read_bytes() for path in first.folder.glob("*.pth")} == files
+    assert make_trainer(before, continue_training=True).was_resumed
+
+
+def test_a_run_that_names_no_decoder_had_the_paper_s(make_trainer):
+    first = make_trainer(PAPER_S)
+    stop_after(first, 2)
+    with pytest.raises(SystemExit):
+        first.run_training()
+    checkpoint = read_checkpoint(first.folder / LATEST)
+    del checkpoint["hyspark"]["settings"]["pretraining"]["decoder"]
+    torch.save(checkpoint, first.folder / LATEST)
+    with pytest.raises(ValueError, match="pretraining.decoder was reconstruction, is segmentation"):
+        make_trainer(continue_training=True)
+    log = Path(make_trainer(PAPER_S, continue_training=True).log_file).read_text()
+    assert "other settings" not in log
+
+
 def test_settings_of_the_optimizer_are_todays(make_trainer):
     first = make_trainer()
     stop_after(first, 2)

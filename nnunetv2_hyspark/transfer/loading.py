@@ -19,6 +19,7 @@ from .reading import ENCODER, image_weight, network_weights, read_checkpoint
 from .report import Entry, LoadReport, summarise
 
 _BLOCK = re.compile(r"^(encoder\.cnn\.stages\.\d+|encoder\.transformer\.blocks)\.\d+\.")
+_DECODER = re.compile(r"^(decoder\.[a-z_]+\.)(\d+)(?=\.)")
 # the last layers of a residual branch: with zeros in them the block is the identity
 _LAST = (
     ".compress.weight", ".compress.bias", ".attn.proj.weight", ".attn.proj.bias", ".mlp.fc2.weight", ".mlp.fc2.bias",
@@ -46,7 +47,7 @@ def load_pretrained_encoder(
     """
     checkpoint = read_checkpoint(filename)
     description = description_of(checkpoint)
-    weights = network_weights(checkpoint, filename)
+    weights = _with_decoder_by_scale(network_weights(checkpoint, filename), network.state_dict())
     trained = ("decoder.",) if with_decoder and has_trained_decoder(description, weights) else ()
     first, own_first = image_weight(weights), image_weight(network.state_dict())
     if description.get("kind") == "finetuning" and first is not None and own_first is not None:
@@ -55,6 +56,25 @@ def load_pretrained_encoder(
         network, weights, str(filename), description, allow_partial, channels, trained, on_refusal=on_refusal,
         masks=masks,
     )
+
+
+def _with_decoder_by_scale(
+    weights: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """The weights with the modules of the segmentation decoder counted as in the target. They are numbered from the
+    coarsest scale, so where one network has more stages a number stands for another scale; scales finer than the
+    target's own are none of its."""
+    theirs, ours = ({int(m[2]) for n in names if (m := _DECODER.match(n))} for names in (weights, target))
+    further = len(ours) - len(theirs)
+    if not theirs or not ours or not further:
+        return weights
+    counted = {}
+    for name, tensor in weights.items():
+        match = _DECODER.match(name)
+        step = int(match[2]) + further if match else 0
+        if step >= 0:
+            counted[f"{match[1]}{step}{name[match.end():]}" if match else name] = tensor
+    return counted
 
 
 def has_trained_decoder(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> bool:
@@ -79,10 +99,20 @@ def load_pretraining(
     description = description_of(checkpoint)
     weights = network_weights(checkpoint, filename)
     same_kind = _segmentation_decoder_reconstructs(weights) == _segmentation_decoder_reconstructs(network.state_dict())
-    return load_encoder(
+    report = load_encoder(
         network, weights, str(filename), description, optional=("reconstruction.",) if same_kind else (),
         advice="plan the data set for the network of that checkpoint, or go on without it", on_refusal=on_refusal,
     )
+    if not any(name.startswith("reconstruction.") for name in weights):
+        report.notes.append("the file has no decoder that reconstructed, so this pre-training's starts fresh")
+    elif not same_kind:
+        kinds = ("segmentation", "reconstruction")
+        theirs, ours = kinds if _segmentation_decoder_reconstructs(weights) else kinds[::-1]
+        report.notes.append(
+            f"the file was pre-trained with decoder={theirs}, this run has decoder={ours}, which starts fresh; go on "
+            f"with decoder={theirs} to take the file's"
+        )
+    return report
 
 
 def _segmentation_decoder_reconstructs(weights: Mapping[str, torch.Tensor]) -> bool:
@@ -240,6 +270,7 @@ class _Plan:
                 entries[name] = Entry(name, "adapted" if how else "loaded", tuple(self.weights[name].shape), shape, how)
             elif name not in self.wanted:
                 part = "segmentation layer" if ".seg_layers." in name else "not part of the encoder"
+                part = "another kind of decoder than the file's" if name.startswith("reconstruction.") else part
                 entries[name] = Entry(name, "fresh", None, shape, part)
             elif name in self.reasons:
                 entries[name] = Entry(name, "fresh", tuple(self.weights[name].shape), shape, self.reasons[name])
@@ -271,14 +302,18 @@ class _Plan:
         return entries
 
     def _why_skipped(self, name: str) -> str:
+        in_pretraining = any(own.startswith("reconstruction.") for own in self.target)
         if name.startswith("reconstruction."):
+            if in_pretraining:
+                return "another kind of decoder than this pre-training's"
             return "stands under decoder too" if name.startswith("reconstruction.decoder.") else "pre-training only"
         if not name.startswith("decoder."):
             return "not used by this network"
         if ".seg_layers." in name:
             return "segmentation layer"
-        if f"reconstruction.{name}" in self.fitted:
-            return "stands under reconstruction too"
+        if in_pretraining:
+            stands = f"reconstruction.{name}" in self.weights
+            return "stands under reconstruction too" if stands else "not a decoder that reconstructed"
         return "untrained, since the paper's decoder reconstructed, or not asked for"
 
 

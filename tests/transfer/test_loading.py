@@ -300,6 +300,49 @@ def test_going_on_with_the_other_decoder(tmp_path, architecture, before, now):
     loaded = {entry.name for entry in report.of("loaded")}
     expected = {n for n in network.state_dict() if before == now or not n.startswith("reconstruction.")}
     assert loaded == expected
+    note = f"the file was pre-trained with decoder={before}, this run has decoder={now}, which starts fresh"
+    assert [n.startswith(note) for n in report.notes if "decoder" in n] == ([] if before == now else [True])
+    reasons = {entry.reason for entry in (*report.of("fresh"), *report.of("skipped"))}
+    assert reasons == set() if before == now else {
+        "another kind of decoder than the file's", "another kind of decoder than this pre-training's"
+    }
+
+
+@pytest.mark.parametrize("now", ["reconstruction", "segmentation"])
+def test_going_on_with_pretraining_from_a_fine_tuned_network(saved, architecture, now):
+    """Its decoder segments; the one that reconstructs starts fresh, and the report says so."""
+    source, path = saved("finetuning")
+    torch.manual_seed(3)
+    network = build_hyspark(1, architecture(), HySparKConfig(decoder=now, decoder_width=16))
+    report = load_pretraining(network, path)
+    assert {entry.name for entry in report.of("loaded")} == {n for n in source.state_dict() if n.startswith("encoder.")}
+    assert [n for n in report.notes if "the file has no decoder that reconstructed" in n]
+    assert {e.reason for e in report.of("skipped")} == {"segmentation layer", "not a decoder that reconstructed"}
+
+
+FOUR = {
+    "n_stages": 4, "features_per_stage": [4, 6, 6, 12], "strides": [[1, 1, 1]] + [[2, 2, 2]] * 3,
+    "kernel_sizes": [[3, 3, 3]] * 4, "n_blocks_per_stage": [1, 2, 1, 1], "expansion_per_stage": [2, 3, 2, 2],
+    "n_blocks_per_stage_decoder": [1, 1, 1],
+}
+THREE = {"features_per_stage": [4, 6, 12]}
+
+
+@pytest.mark.parametrize("before, now", [(FOUR, THREE), (THREE, FOUR)], ids=["fewer", "more"])
+def test_decoders_of_other_depth_meet_scale_by_scale(saved, make_network, before, now):
+    """Their modules are numbered from the coarsest; what is taken is the file's at the same resolution."""
+    source, path = saved("finetuning", **before)
+    network = make_network(2, **now)
+    report = load_pretrained_encoder(network, path, allow_partial=True)
+    ours, theirs = len(network.decoder.up), len(source.decoder.up)
+    state, found = network.state_dict(), source.state_dict()
+    loaded = {entry.name for entry in report.of("loaded") if entry.name.startswith("decoder.")}
+    for name in loaded:
+        kind, step, rest = name.removeprefix("decoder.").split(".", 2)
+        there = f"decoder.{kind}.{int(step) - ours + theirs}.{rest}"
+        assert torch.equal(state[name], found[there]), name
+    for scale in (0, 1):  # both networks have them, with equal widths
+        assert {n for n in state if n.startswith(f"decoder.stages.{ours - 1 - scale}.")} <= loaded
 
 
 def test_pretraining_is_not_told_of_a_setting_of_fine_tuning(saved, make_network):

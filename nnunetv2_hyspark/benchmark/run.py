@@ -129,7 +129,7 @@ def measure(
     memory_is_kept = device.type == "cpu" and keep_freed_memory()  # as the trainers do
     top = ceilings(device, PRECISIONS[request.precision])
     results: dict[str, Any] = {
-        "request": asdict(request),
+        "request": {**asdict(request), "settings": asdict(request.pretraining)},
         "machine": {
             "processor": processor_name(),
             "threads": torch.get_num_threads(),

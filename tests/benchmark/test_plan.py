@@ -89,6 +89,7 @@ def test_settings_of_pretraining_count(tmp_path):
     request = request_of(write_plans(tmp_path, True, block))
     assert (request.batch, request.mask_ratio, request.pretraining.decoder_width) == (2, 0.5, 64)
     assert request_of(write_plans(tmp_path, True, block), step="official").pretraining.decoder_width == 768
+    assert request_of(write_plans(tmp_path, True, {}), step="default").pretraining.decoder == "segmentation"
     model, _, visible = build(request, "blocks")
     assert model.hidden_neighbours == FILLING and visible.float().mean() == 0.5
 

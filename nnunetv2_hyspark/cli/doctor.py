@@ -146,7 +146,8 @@ def _check_versions(report: Report, answers: dict[str, dict[str, Any]]) -> None:
             f"timm, which nnU-Net's networks need, cannot be imported ({answers['timm']['error']}); mostly because "
             f"torchvision {versions['torchvision']} was not made for torch {versions['torch']}",
             "install the two in one command and from the same place, so that they match: "
-            "`pip install --upgrade --force-reinstall torch torchvision nnunetv2`, with the --index-url that torch had",
+            "`pip install --upgrade --force-reinstall 'torch!=2.9.*' torchvision`, with the --index-url that torch "
+            "had, if it had one",
         )
     else:
         report.fact("versions", "import timm", "works")

@@ -1,7 +1,7 @@
 """Writes evidence.md and its plots from the results of studies; the project's own into docs/.
 
     python experiments/evidence.py experiments/results/*.json
-    python experiments/evidence.py WORK/results/*.json --docs FOLDER
+    python experiments/evidence.py WORK/results/*.json --docs WORK
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def section(results: dict[str, Any], docs: Path) -> list[str]:
     of_kind = f" ({machine['processor']})" if "processor" in machine else ""
     lines = [
         f"## {study['name']}", "", study["table"], "",
-        f"    python experiments/study.py experiments/studies/{study['name']}.json --work FOLDER", "",
+        f"    python experiments/study.py experiments/studies/{study['name']}.json --work WORK", "",
         f"{machine['processors']} processors{of_kind}, {study['device']}; torch {machine['torch']}, nnunetv2 "
         f"{machine['nnunetv2']}, nnunetv2-hyspark {machine['nnunetv2-hyspark']}, Python {machine['python']}; "
         f"{seconds / 3600:.1f} hours in all.", "",

@@ -1,12 +1,12 @@
 """Runs a study: pre-trainings, then trainings of every arm on every subset with every seed, by public commands alone.
 
-    python experiments/study.py experiments/studies/hippocampus_cpu.json --work FOLDER [--minutes 8] [--arms scratch]
+    python experiments/study.py experiments/studies/hippocampus_cpu.json --work WORK [--minutes 8] [--arms scratch]
 
 The study's file says what is trained; see experiments/README.md. Every training is a piece: a finished one is never
 repeated, an interrupted one goes on, and after ``--minutes`` the one that runs is told to save and stop, so that a
 study can be run in several goes. Several processes may run a study beside each other: each takes pieces that no other
 works on. ``--arms``, ``--folds`` and ``--seeds`` choose among them.
-FOLDER, one per study, takes checkpoints, logs and, as they come, ``results/NAME.json``. A study whose settings, plans
+WORK, one folder per study, takes checkpoints, logs and, as they come, ``results/NAME.json``. A study whose settings, plans
 or splits were changed since is refused. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always.
 """
 

@@ -6,7 +6,7 @@ The study's file says what is trained; see experiments/README.md. Every training
 repeated, an interrupted one goes on, and after ``--minutes`` the one that runs is told to save and stop, so that a
 study can be run in several goes. Several processes may run a study beside each other: each takes pieces that no other
 works on. ``--arms``, ``--folds`` and ``--seeds`` choose among them.
-WORK, one folder per study, takes checkpoints, logs and, as they come, ``results/NAME.json``. A study whose settings, plans
+WORK, one per study, takes checkpoints, logs and, as they come, ``results/NAME.json``. A study whose settings, plans
 or splits were changed since is refused. ``nnUNet_raw`` and ``nnUNet_preprocessed`` as always.
 """
 

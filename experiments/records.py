@@ -21,7 +21,7 @@ from nnunetv2_hyspark.benchmark.run import processor_name
 from nnunetv2_hyspark.data.writing import whole_file
 
 MAY_GROW = (
-    "table", "structures", "folds", "seeds", "arms", "pretraining", "other_plans", "pretraining_trainers",
+    "table", "structures", "headline", "folds", "seeds", "arms", "pretraining", "other_plans", "pretraining_trainers",
     "pretraining_plans",
 )
 """Keys of a study that may change while it goes on: texts and extent; entries that were run are compared one by one."""

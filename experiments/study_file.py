@@ -30,6 +30,7 @@ class Study:
             ``like_the_other``: true, for images normalised by the other data set's intensities; for the labelled one
             ``hyspark plan-finetune`` plans so.
         structures: names of labels 1, 2, ..., for the tables.
+        headline: arms for the table at a glance, and what they are called there.
         pretraining_trainers: trainers of those pre-trainings that are not HySparKPretrainTrainer's.
         pretraining_plans: names of ``other_plans``, of those pre-trainings that do not use ``plans``.
         plans: name of HySparK's plans, another one where studies of the same data sets have other networks.
@@ -50,6 +51,7 @@ class Study:
     plan_edit: dict[str, Any] = field(default_factory=dict)
     table: str = ""
     structures: list[str] = field(default_factory=list)
+    headline: dict[str, str] = field(default_factory=dict)
     pretraining_trainers: dict[str, str] = field(default_factory=dict)
     pretraining_plans: dict[str, str] = field(default_factory=dict)
     plans: str = "nnUNetHySparKPlans"

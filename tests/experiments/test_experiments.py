@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     yield importlib.import_module
-    for name in ("scores", "study", "evidence", "make_datasets", "study_file", "records", "commands", "preparation"):
-        sys.modules.pop(name, None)
+    for file in (ROOT / "experiments").glob("*.py"):
+        sys.modules.pop(file.stem, None)
 
 
 def test_hausdorff_of_a_shifted_cube_is_the_shift(script):
@@ -102,6 +102,7 @@ def test_every_study_has_settings_that_exist_and_weights_that_are_made(script, f
     assert all("decoder" in settings for settings in study.pretraining.values()), "whatever the default becomes"
     assert {arm["weights"] for arm in study.arms.values() if "weights" in arm} <= set(study.pretraining)
     assert {name for arm in study.arms.values() for name in arm.get("baselines", [])} <= set(study.arms)
+    assert set(study.headline) <= set(study.arms)
     assert {arm["plans"] for arm in study.arms.values() if "plans" in arm} <= set(study.other_plans)
     assert set(study.pretraining_trainers) | set(study.pretraining_plans) <= set(study.pretraining)
     of_the_pile = {name for name, plan in study.other_plans.items() if plan.get("of") == "pile"}
@@ -180,7 +181,7 @@ def test_the_page_is_what_the_script_writes(script, tmp_path, monkeypatch):
 
 
 def test_comparison_pairs_cases_and_common_seeds(script):
-    compare = script("evidence").compare
+    compare = script("comparisons").compare
     theirs = [piece(0, [0.5] * 8), piece(1, [0.7] * 8), piece(2, [0.1] * 8)]
     ours = [piece(0, [0.6] * 8), piece(1, [0.8] * 8)]
     first, second, p = compare(ours, theirs)
@@ -189,7 +190,7 @@ def test_comparison_pairs_cases_and_common_seeds(script):
 
 
 def test_a_comparison_in_words_is_over_common_seeds(script):
-    comparison = script("evidence").comparison
+    comparison = script("comparisons").comparison
     theirs = [{**piece(0, [0.5] * 8), "curve": [0.1, 0.2, 0.4]}, {**piece(9, [0.1] * 8), "curve": [0.9, 0.9, 0.9]}]
     ours = [{**piece(0, [0.6] * 8), "curve": [0.2, 0.4, 0.6]}]
     end = "itself after 150 of 150"
@@ -202,22 +203,22 @@ def test_a_comparison_in_words_is_over_common_seeds(script):
 
 def test_level_is_told_over_several_epochs(script):
     """A last epoch that happens to be low, or a single high one, does not decide."""
-    comparison = script("evidence").comparison
+    comparison = script("comparisons").comparison
     theirs = [{**piece(0, [0.5] * 8), "curve": [0.1] * 10 + [0.5] * 9 + [0.1]}]
     ours = [{**piece(0, [0.5] * 8), "curve": [0.1] * 6 + [0.9] + [0.1] * 5 + [0.6] * 8}]
     assert comparison("scratch", ours, theirs, 1).endswith("level after 16, itself after 14 of 20")
 
 
 def test_structures_are_in_the_order_of_their_numbers_and_none_moves_up(script):
-    evidence = script("evidence")
+    comparisons = script("comparisons")
     dice = {"10": 0.1, "2": None, "1": 0.5}
     case = {"dice": dice, "hd95": {"10": 4.0, "2": None, "1": 2.0}}
-    assert evidence.by_structure([{"cases": {"a": case}}]) == "50.0, -, 10.0"
-    assert evidence.distances([{"cases": {"a": case}}]) == "2.0, -, 4.0"
+    assert comparisons.by_structure([{"cases": {"a": case}}]) == "50.0, -, 10.0"
+    assert comparisons.distances([{"cases": {"a": case}}]) == "2.0, -, 4.0"
 
 
 def test_a_structure_that_only_the_prediction_has_is_left_out_for_every_arm(script):
-    mean_dice = script("evidence").mean_dice
+    mean_dice = script("comparisons").mean_dice
     found = {"dice": {"1": 0.5, "2": 0.0}, "voxels": {"1": 9, "2": 0}}
     assert mean_dice({"cases": {"a": found}}) == {"a": 50.0}
     absent = {"dice": {"1": 0.5, "2": float("nan")}, "voxels": {"1": 9, "2": 0}}
@@ -227,7 +228,7 @@ def test_a_structure_that_only_the_prediction_has_is_left_out_for_every_arm(scri
 
 
 def test_a_missed_structure_is_farther_than_any_other(script):
-    distances = script("evidence").distances
+    distances = script("comparisons").distances
     cases = {
         name: {"dice": {"1": 0.0 if value is None else 0.5}, "hd95": {"1": value}, "voxels": {"1": 5}}
         for name, value in (("a", 1.0), ("b", None), ("c", 3.0))
@@ -245,7 +246,7 @@ def test_losses_are_read_from_the_logs_and_a_repeated_epoch_counts_once(script, 
 
 
 def test_trainers_are_compared_by_their_losses(script):
-    compare = script("evidence").losses_of_trainers
+    compare = script("study_tables").losses_of_trainers
     study = {"pretraining": {"a": {}, "b": {}, "c": {}}, "pretraining_trainers": {"b": "Other"}}
     finished = {"a": {"losses": [0.75, 0.5]}, "b": {"losses": [0.75, 0.625]}, "c": {"losses": [0.5, 0.5]}}
     line = (
@@ -254,6 +255,35 @@ def test_trainers_are_compared_by_their_losses(script):
     )
     assert compare(study, finished) == [line, ""]
     assert compare(study, {"a": {}}) == compare({"pretraining": {"a": {}}}, finished) == []
+
+
+def test_a_glance_has_the_headline_s_arms_alone_and_says_where_seeds_are_missing(script):
+    dice = {
+        ("scratch", 0): [[0.5] * 8, [0.7] * 8], ("ours", 0): [[0.6] * 8, [0.9] * 8], ("wide", 0): [[0.5] * 7 + [0.58]],
+        ("scratch", 1): [[0.8] * 8, [0.8] * 8], ("ours", 1): [[0.8] * 8, [0.8] * 8], ("other", 1): [[0.1] * 8],
+    }
+    pieces = [
+        {**piece(seed, values), "arm": arm, "fold": fold, "labelled_cases": (20, 5)[fold], "seconds": 1.0}
+        for (arm, fold), seeds in dice.items()
+        for seed, values in enumerate(seeds)
+    ]
+    study = {
+        "name": "a_study", "table": "What it is.", "arms": {arm: {} for arm in ("scratch", "ours", "wide", "other")},
+        "seeds": [0, 1], "headline": {"scratch": "baseline", "wide": "wider", "ours": "pre-trained"},
+        "finetuning": {},
+    }
+    outcome = script("outcomes").Outcome.of({"study": study, "machine": {}, "pretraining": {}, "pieces": pieces})
+    assert script("study_tables").at_a_glance(outcome) == [
+        "**`a_study`**: What it is.", "",
+        "| Dice with this many labelled cases | 5 | 20 |",
+        "|---|---|---|",
+        "| baseline | 80.0 | 60.0 |",
+        "| wider |  | 51.0 (+1.0, 1 seed) |",
+        "| pre-trained | 80.0 (+0.0) | 75.0 (**+15.0**) |",
+        "",
+    ]
+    del study["headline"]
+    assert script("study_tables").at_a_glance(outcome) == []
 
 
 def test_variants_of_a_training_are_compared_in_their_own_precision(script):
@@ -270,14 +300,14 @@ def test_variants_of_a_training_are_compared_in_their_own_precision(script):
 
 def test_pretrainings_are_compared_by_what_differs(script):
     run = {"seconds": 90.0, "summary": {"loss": 0.7}}
-    lines = script("evidence").pretraining_table({
+    lines = script("study_tables").pretraining_table({
         "a": {**run, "settings": {"epochs": 3, "mask_ratio": 0.5}, "probe": [0.25, 0.5]},
         "b": {**run, "settings": {"epochs": 3, "mask_ratio": 0.75}},
     })
     assert lines[0] == "Pre-training: epochs=3."
     assert "| `a` | mask_ratio=0.5 | 2 | 0.700 | 25.0 → 50.0 |" in lines
     assert "| `b` | mask_ratio=0.75 | 2 | 0.700 | not asked for |" in lines
-    assert script("evidence").pretraining_table({}) == []
+    assert script("study_tables").pretraining_table({}) == []
 
 
 def test_folds_are_the_subsets_smallest_first(script):

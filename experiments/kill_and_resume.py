@@ -80,7 +80,8 @@ def main() -> None:
                              "runs_finished", "runs_equal"), 0)
     while summary["kills"] < arguments.kills:
         results = arguments.work / f"run_{summary['runs_finished']}"
-        furthest, finished, more = (0, 0), False, []
+        furthest, finished = (0, 0), False
+        more: list[str] = []
         while not finished:
             process = start(arguments, results, more, log)
             try:

@@ -64,7 +64,7 @@ def main() -> None:
     """Prints one line per convolution."""
     spconv = importlib.import_module("spconv.pytorch")
     for name in ("cppcore", "ops"):  # it asks for CUDA's stream on the CPU too
-        importlib.import_module(f"spconv.pytorch.{name}").get_current_stream = lambda: 0
+        vars(importlib.import_module(f"spconv.pytorch.{name}"))["get_current_stream"] = lambda: 0
     torch.set_num_threads(1)
     request = Request()
     visible = random_visible(1, request.grid, request.mask_ratio, torch.Generator().manual_seed(0))
